@@ -47,15 +47,15 @@ def mask_ratio(u, schedule="arccos"):
     raise ValueError(f"unknown mask schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
 
 
-def exact_mask(ratio, scores):
-    """Boolean mask like scores (B, L, G), true at exactly round(ratio * L*G) units, at least 1, a sample.
+def exact_mask(ratio, scores, least=1):
+    """Boolean mask like scores (B, L, G), true at exactly round(ratio * L*G) units of a sample, at least `least`.
 
     ratio is a number or (B,). The units with the smallest scores are masked, so uniform scores give a uniform
     subset. # choice: a unit is one (position, group), as the teacher MaskBit was trained; the paper does not say.
     """
     flat = scores.flatten(1)                                                                  # (B, L*G)
     ratio = torch.as_tensor(ratio, dtype=torch.float32, device=scores.device)
-    count = (ratio * flat.shape[1]).round().clamp(min=1)                                      # half to even
+    count = (ratio * flat.shape[1]).round().clamp(min=least)                                    # half to even
     rank = flat.argsort(1).argsort(1)
     return (rank < count.reshape(-1, 1)).view_as(scores)
 

@@ -56,6 +56,7 @@ class Spec:
     sampling: dict                # {steps: arguments of `sample`}; other numbers of steps take the nearest entry's
     image: tuple                  # (C, H, W)
     files: dict = field(default_factory=dict)
+    record: str = ""              # evaluations of the teacher that ship with it, JSON lines
     noise_scale: float | None = None  # unit of the embedding perturbation; None: the table's root mean square
 
     @property
@@ -75,6 +76,13 @@ class Teacher(NamedTuple):
     tokenizer: nn.Module
     spec: Spec
 
+    def noise_unit(self):
+        """What the embedding perturbation's noise is measured in: MaskGit's table has unit entries, MaskBit's small ones.
+
+        # choice: the root mean square of the table, where a spec does not say; the paper is silent.
+        """
+        return self.spec.noise_scale or self.net.tables()[0][:, : self.net.V].square().mean().sqrt().item()
+
 
 # ======================================================================================= shared blocks
 class Attention(nn.Module):
@@ -88,7 +96,12 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, T, D/heads)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if x.device.type == "cpu":    # torch's fused CPU kernel halves the speed of a training step at short lengths
+            p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+            y = F.dropout(p, dropout) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -119,7 +132,7 @@ def bits_of(t, n):
 #
 #                      bits  groups   V   grid  width  layers  heads  parameters
 #     maskbit           14      2    128  16x16  1024     24     16   304,929,024 + 54,489,489 (tokenizer)
-#     maskbit-tiny      10      2     32   8x8    128      6      4   the same classes, small
+#     maskbit-tiny      10      2     32   8x8    128      4      4   0.8 + 0.6 million, the same classes
 #
 # Guidance: published samplers write c + s (c - u); here it is u + w (c - u), so w = 1 + s.
 class MaskBit(nn.Module):
@@ -170,6 +183,15 @@ class MaskBit(nn.Module):
 
     def null(self, cond):
         return (torch.full_like(cond[0], self.classes),)
+
+    def set_dropout(self, p):
+        """Dropout everywhere it was trained with: after the embedding, on attention weights, on both residuals."""
+        for m in self.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = p
+            if isinstance(m, Attention):
+                m.dropout = p
+        return self
 
     def frozen(self):
         """# choice: input projection, class and position tables, as the official code freezes MaskGit's tables."""
@@ -301,7 +323,6 @@ class BitTokenizer(nn.Module):
         img = torch.cat([self.decoder(part) for part in z.split(chunk)])
         return img.clamp(0, 1) if clamp else img
 
-    published_names = []
     published_extras = {"quantize.bits_to_indices", "quantize.codebook"}
 
 
@@ -429,9 +450,9 @@ def published_state(state, module):
     out = {}
     for key, tensor in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
-        if key in module.published_extras:
+        if key in getattr(module, "published_extras", ()):
             continue
-        for pattern, name in module.published_names:
+        for pattern, name in getattr(module, "published_names", ()):
             key = re.sub(pattern, name, key)
         out[key] = tensor
     return out
@@ -461,6 +482,11 @@ def load_state(module, state, source):
     return module
 
 
+def local(path):
+    """A path as given, or, where it does not exist, relative to this repository: so shipped files are found."""
+    return path if os.path.exists(path) else os.path.join(HERE, path)
+
+
 def read_weights(path):
     """The state dict in a .safetensors or torch file, on the CPU, without executing anything it contains."""
     if not os.path.isfile(path):
@@ -478,7 +504,7 @@ def read_weights(path):
 def fetch(repo, name, flag):
     """The local path of a published file: from this repository's assets (repo None), else from the hub."""
     if repo is None:
-        return os.path.join(HERE, name)
+        return local(name)
     from huggingface_hub import hf_hub_download
     try:
         return hf_hub_download(repo, name)
@@ -488,7 +514,7 @@ def fetch(repo, name, flag):
                         "or try sizes and speed with --random_weights")
 
 
-def load_teacher(name, weights=None, tokenizer_weights=None, random_weights=False, device="cpu", dropout=0.0):
+def load_teacher(name, weights=None, tokenizer_weights=None, random_weights=False, device="cpu"):
     """The frozen teacher called `name`, in eval mode: a Teacher(net, tokenizer, spec).
 
     Weights come from the given paths, else from `spec.files` (assets, or the hub); random_weights needs no file.
@@ -496,7 +522,9 @@ def load_teacher(name, weights=None, tokenizer_weights=None, random_weights=Fals
     if name not in SPECS:
         raise UserError(f"unknown teacher {name!r}: expected one of {', '.join(SPECS)}")
     spec = SPECS[name]
-    net, tokenizer = MaskBit(**spec.net, dropout=dropout), BitTokenizer(**spec.tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)                       # random weights are the same in every process and every run
+        net, tokenizer = MaskBit(**spec.net), BitTokenizer(**spec.tokenizer)
     if not random_weights:
         for module, role, path, flag in ((net, "net", weights, "--teacher_weights"),
                                          (tokenizer, "tokenizer", tokenizer_weights, "--tokenizer_weights")):
@@ -533,9 +561,10 @@ SPECS = {
                "tokenizer": ("markweber/maskbit_tokenizer_14bit", "maskbit_tokenizer_14bit.bin")}),
     "maskbit-tiny": Spec(
         "maskbit-tiny", image=(1, 32, 32),
-        net=dict(bits=10, grid=8, width=128, depth=6, heads=4, mlp=512, classes=10),
+        net=dict(bits=10, grid=8, width=128, depth=4, heads=4, mlp=512, classes=10),
         tokenizer=dict(channels=1, hidden=32, mult=(1, 2, 2), blocks=1, bits=10, norm_groups=8),
         sampling={16: dict(guidance=2.0, temperature=3.0)},
+        record="assets/fashion/teacher_steps.jsonl",
         files={"net": (None, "assets/fashion/teacher.safetensors"),
                "tokenizer": (None, "assets/fashion/tokenizer.safetensors")}),
 }

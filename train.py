@@ -1,0 +1,586 @@
+"""Soft-Di[M]O (Algorithm 1): a multi-step teacher distilled into a one-step generator, and refined beyond it.
+
+    python train.py                                                   # the tiny world, minutes on a laptop's CPU
+    python train.py --teacher maskbit --gan --data data/imagenet      # one GPU
+    torchrun --nproc_per_node=4 train.py --teacher maskbit --gan      # four, the paper's run
+    python train.py --out out/run --resume                            # go on after any interruption
+
+Each idea is a flag: --w_dimo 0 leaves the GAN alone, --no-gan leaves Di[M]O alone, --estimator straight-through
+takes the baseline's gradient. Every term of the generator's loss (Eq. 10) is computed as its gradient at the
+logits z, so terms are weighed, compared and logged there, and the student is differentiated once: z.backward(g).
+
+All randomness of a step is a function of (seed, step, place in the global batch). So a resumed run repeats nothing
+and forgets nothing, and two processes make the same update as one with the joint batch.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+import evaluate as ev
+from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
+                  student_logits)
+from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
+from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
+from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights
+
+# ============================================================================================ settings
+# Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
+# maskbit-tiny is ours, for 2 cores and minutes instead of 4 H100s and days: a faster auxiliary, larger rates.
+TABLE_5 = {
+    "maskbit": dict(
+        batch=256, steps=50_000, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=0.1,
+        optimizer="adam", lr=1e-6, weight_decay=0.0, ema=0.9999,
+        w_gan=25.0, gan_ratio=[0.0, 0.95], heads=4, head_width=1024, head_mlp=2048, data="data/imagenet"),
+    "maskbit-tiny": dict(
+        batch=64, steps=400, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=1.0,
+        optimizer="adam", lr=3e-4, aux_lr=8e-4, disc_lr=1e-3, weight_decay=0.0, ema=0.99, warmup=20, lr_end=0.05,
+        gan=True, w_gan=5.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128, gan_start=0,
+        data="assets/fashion/tokens.npz", log_every=10, eval_every=100, save_every=100),
+}
+TABLE_5["maskbit-long"] = dict(TABLE_5["maskbit"], optimizer="adamw", lr=5e-7, weight_decay=0.01, w_gan=200.0)
+
+
+def flags():
+    """The parser, and the defaults that hold where neither a flag nor the teacher's column of Tab. 5 says otherwise."""
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = {}
+
+    def add(group, name, default, help, **kw):
+        if isinstance(default, bool):
+            kw.update(action=argparse.BooleanOptionalAction)
+        elif "type" not in kw and default is not None:
+            kw.update(type=type(default))
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=f"{help} (default: {default})", **kw)
+        defaults[name] = default
+
+    g = ap.add_argument_group("run")
+    add(g, "teacher", "maskbit-tiny", f"one of {', '.join(SPECS)}")
+    add(g, "recipe", None, f"column of Tab. 5, one of {', '.join(TABLE_5)}; the teacher's own if not given")
+    add(g, "out", "out/run", "folder for checkpoints, log.jsonl, pictures and the final table")
+    add(g, "resume", False, "go on from the checkpoint in --out; its settings hold")
+    add(g, "overwrite", False, "start anew where --out already holds a run")
+    add(g, "steps", 50_000, "student updates in all")
+    add(g, "batch", 256, "images a step, over all processes and accumulation steps")
+    add(g, "accum", 1, "gradient accumulation steps: memory for time")
+    add(g, "seed", 0, "of everything random")
+    add(g, "init_from", None, "weights of a one-step generator theta_0 to start from (Alg. 1); else the teacher's")
+    add(g, "log_every", 50, "steps between log lines; the host waits for the device only then")
+    add(g, "save_every", 1000, "steps between checkpoints")
+    add(g, "eval_every", 2000, "steps between evaluations (FID and a strip of samples); 0 is never")
+    add(g, "n_eval", 5000, "images an evaluation")
+    g = ap.add_argument_group("teacher")
+    add(g, "teacher_weights", None, "local file instead of the published one")
+    add(g, "tokenizer_weights", None, "local file instead of the published one")
+    add(g, "random_weights", False, "no files at all: to try memory and speed")
+    add(g, "cfg", 1.5, "teacher guidance w of u + w (c - u)")
+    add(g, "cfg_low", 1.0, "where guidance falls to as the mask ratio falls, with --cfg_schedule linear or cosine")
+    add(g, "cfg_schedule", "constant", "guidance over the mask ratio (App. I.9)", choices=["constant", "linear", "cosine"])
+    g = ap.add_argument_group("Di[M]O (Eq. 2)")
+    add(g, "w_dimo", 1.0, "weight of the Di[M]O term")
+    add(g, "beta", 0.0, "divergence: 0 forward KL, 1 reverse KL, else generalised Jeffreys")
+    add(g, "init_ratio", 0.6, "share of masked units in x_init")
+    add(g, "noise", 0.1, "embedding perturbation s of the start")
+    add(g, "schedule", "arccos", "mask schedule, student's and auxiliary's", choices=SCHEDULES)
+    add(g, "w_t", "one", "w(t) of Eq. 2: one, or 1 / mask ratio", choices=["one", "inverse"])
+    add(g, "soft_state", False, "soft embeddings in the forward state x_t (App. I.15)")
+    add(g, "smoothing", 0.1, "label smoothing of the auxiliary loss")
+    add(g, "soft_target", 0.0, "share of the soft target in the auxiliary loss")
+    add(g, "redraw", False, "the auxiliary gets fresh tokens from the updated student (official code), not x_theta (Alg. 1)")
+    add(g, "student_start", 0, "first updates of the auxiliary and the discriminator alone")
+    add(g, "temperature", 1.0, "of sampling the student in evaluations; training always draws at 1")
+    g = ap.add_argument_group("GAN (Eq. 7-8)")
+    add(g, "gan", False, "refine by the masked-embedding GAN on real tokens")
+    add(g, "data", None, "real tokens: a folder written by data/*.py, or a packed .npz", type=str)
+    add(g, "w_gan", 25.0, "weight of the GAN term")
+    add(g, "gan_start", 1000, "steps before the GAN term joins the student's loss (Fig. 9)")
+    add(g, "gan_ratio", [0.0, 0.95], "masking of the discriminator's input, r ~ U[a, b]", nargs=2, type=float, metavar=("A", "B"))
+    add(g, "estimator", "soft", "gradient through the tokens (Fig. 4a)", choices=list(ESTIMATORS))
+    add(g, "tau", 1.0, "softmax temperature of the soft embedding (Fig. 8)")
+    add(g, "heads", 4, "layers of the teacher that the discriminator reads")
+    add(g, "head_width", 1024, "channels of a head")
+    add(g, "head_mlp", 2048, "hidden width of the last MLP")
+    add(g, "feature_noise", 0.0, "std of noise on the teacher's features (App. H.3)")
+    g = ap.add_argument_group("optimiser")
+    add(g, "optimizer", "adam", "adam or adamw", choices=["adam", "adamw"])
+    add(g, "lr", 1e-6, "of the student")
+    add(g, "aux_lr", None, "of the auxiliary; the student's if not given", type=float)
+    add(g, "disc_lr", None, "of the discriminator; the student's if not given", type=float)
+    add(g, "warmup", 100, "steps of linear warm-up")
+    add(g, "lr_end", 1.0, "last learning rate as a share of the first, by a cosine; 1 is constant")
+    add(g, "weight_decay", 0.0, "")
+    add(g, "clip", 1.0, "largest gradient norm, for each of the three networks")
+    add(g, "ema", 0.9999, "decay of the student's average, reached by the ramp (1 + n) / (10 + n)")
+    add(g, "dropout", 0.0, "in student and auxiliary")
+    g = ap.add_argument_group("system")
+    add(g, "device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    add(g, "dtype", "bf16" if torch.cuda.is_available() else "fp32", "autocast; weights stay float32", choices=["bf16", "fp32"])
+    add(g, "compile", False, "torch.compile the networks in place")
+    return ap, defaults
+
+
+def settle(given, defaults):
+    """All settings: defaults, then the teacher's column of Tab. 5, then the flags; checked before any work is done."""
+    name = given.get("recipe") or given.get("teacher", defaults["teacher"])
+    teacher = given.get("teacher", name.removesuffix("-long"))
+    if teacher not in SPECS:
+        raise UserError(f"unknown --teacher {teacher!r}: expected one of {', '.join(SPECS)}")
+    if name not in TABLE_5:
+        raise UserError(f"unknown --recipe {name!r}: expected one of {', '.join(TABLE_5)}")
+    c = argparse.Namespace(**{**defaults, **TABLE_5[name], **given, "teacher": teacher, "recipe": name})
+    c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
+    positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip")
+    for key in positive:
+        if not getattr(c, key) > 0:
+            raise UserError(f"--{key} {getattr(c, key)}: expected a number above 0")
+    for key in ("w_dimo", "w_gan", "noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "feature_noise",
+                "gan_start", "student_start", "warmup", "eval_every", "n_eval", "weight_decay", "lr_end", "temperature"):
+        if not getattr(c, key) >= 0:
+            raise UserError(f"--{key} {getattr(c, key)}: expected 0 or more")
+    for key in ("noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "lr_end"):
+        if getattr(c, key) > 1:
+            raise UserError(f"--{key} {getattr(c, key)}: expected at most 1")
+    if not 0 <= c.gan_ratio[0] <= c.gan_ratio[1] <= 1:
+        raise UserError(f"--gan_ratio {c.gan_ratio}: expected 0 <= A <= B <= 1")
+    if c.w_dimo == 0 and (not c.gan or c.w_gan == 0):
+        raise UserError("nothing to train: --w_dimo 0 and no GAN term; add --gan with --w_gan above 0")
+    if c.gan and not c.data:
+        raise UserError("--gan compares with real images and found none: add --data FOLDER, written by data/imagenet.py "
+                        "or data/fashion.py, or leave out --gan")
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+    if os.path.exists(os.path.join(c.out, "ckpt.pt")) and not (c.resume or c.overwrite):
+        raise UserError(f"--out {c.out} already holds a run: go on with --resume, start anew with --overwrite, or name "
+                        "another folder")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if c.batch % (world * c.accum):
+        raise UserError(f"--batch {c.batch} does not divide by {world} processes x {c.accum} accumulation steps")
+    return c
+
+
+# ============================================================================================ small pieces
+def draw_step(c, step, first, count, net, device):
+    """Every random choice of one step, for images first .. first + count of its global batch, as a namespace.
+
+    All of the global batch is drawn, from a generator seeded by (seed, step) alone, and a slice returned: so the
+    choices depend neither on the number of processes nor on restarts. (Dropout, Gumbel and feature noise are drawn
+    by each process for itself, seeded by (seed, step, rank).)
+    """
+    gen = torch.Generator(device).manual_seed((c.seed + 1) * 1_000_003 + step)
+    part = slice(first, first + count)
+    rand = lambda *shape: torch.rand(c.batch, *shape, generator=gen, device=device)
+    unit = (net.L, net.G)
+
+    def start():       # labels, random tokens, which of them are masked, embedding noise, the uniforms that draw x_theta
+        return dict(labels=torch.randint(net.classes, (c.batch,), generator=gen, device=device)[part],
+                    tokens=torch.randint(net.V, (c.batch, *unit), generator=gen, device=device)[part],
+                    scores=rand(*unit)[part], u=rand(*unit)[part],
+                    noise=torch.randn(c.batch, net.L, net.width, generator=gen, device=device)[part])
+
+    r = argparse.Namespace(**start(), ratio=mask_ratio(rand(), c.schedule)[part], scores_t=rand(*unit)[part])
+    ratio_aux = mask_ratio(rand(), c.schedule)
+    r.ratio_aux, r.scores_aux = ratio_aux[part], rand(*unit)[part]
+    r.aux_units = (ratio_aux * net.L * net.G).round().clamp(min=1).sum()    # masked units of the global batch
+    lo, hi = c.gan_ratio
+    r.ratio_gan, r.scores_gan = (lo + (hi - lo) * rand())[part], rand(*unit)[part]
+    r.ratio_disc, r.scores_disc = (lo + (hi - lo) * rand())[part], rand(*unit)[part]
+    r.again = argparse.Namespace(**start()) if c.redraw else None
+    return r
+
+
+class RealTokens:
+    """Real tokens x (n, L, G) and labels (n,), memory-mapped, in an order that is a function of (seed, index)."""
+
+    def __init__(self, path, net, seed):
+        self.x, self.labels = load_tokens(path, net)
+        self.seed, self.epoch, self.order = seed, None, None
+
+    def batch(self, start, count, device):
+        rows = []
+        for i in range(start, start + count):
+            epoch, k = divmod(i, len(self.labels))
+            if epoch != self.epoch:
+                self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+                self.epoch = epoch
+            rows.append(self.order[k])
+        x, labels = self.x[rows].astype(np.int64), self.labels[rows].astype(np.int64)
+        return torch.from_numpy(x).to(device), torch.from_numpy(labels).to(device)
+
+
+def load_tokens(path, net):
+    """(tokens (n, L, G), labels (n,)) of a folder of data/*.py or a packed .npz, checked against the teacher."""
+    try:
+        if os.path.isdir(path):
+            x, labels = (np.load(os.path.join(path, f"{k}.npy"), mmap_mode="r") for k in ("tokens", "labels"))
+        else:
+            with np.load(local(path)) as f:
+                x, labels = f["tokens"], f["labels"]
+    except (OSError, ValueError, KeyError, EOFError) as err:
+        raise UserError(f"--data {path}: cannot read real tokens ({err}); prepare them with data/fashion.py or data/imagenet.py")
+    if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0:
+        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) with n labels, got {x.shape} with "
+                        f"{labels.shape}; were they made with this teacher's tokenizer?")
+    return x, labels
+
+
+def lr_factor(n, warmup, steps, end=1.0):
+    """Linear warm-up (the first update has rate 0), then constant, or a cosine down to the share `end`."""
+    if n < warmup:
+        return n / warmup
+    return end + (1 - end) * (1 + math.cos(math.pi * (n - warmup) / max(steps - warmup, 1))) / 2
+
+
+@torch.no_grad()
+def ema_update(ema, net, n, decay):
+    """ema <- rate ema + (1 - rate) net, with the official ramp rate = min(decay, (1 + n) / (10 + n)), n = 0, 1, ..."""
+    rate = min(decay, (1 + n) / (10 + n))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
+
+
+def update(opt, params, clip, lr):
+    """Clip and step, unless the gradient is not finite; returns its norm before clipping, and whether it stepped.
+
+    Under DDP the gradient is the average over processes, so all of them see the same norm and decide alike.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+    opt.zero_grad(set_to_none=True)
+    return norm, finite
+
+
+def save_checkpoint(path, state):
+    """Write beside the old checkpoint, then rename: a kill or a full disk at any moment leaves the old one whole."""
+    tmp = f"{path}.tmp"
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as err:            # torch's own writer reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(tmp)
+        raise UserError(f"could not write {path} ({err}); is the disk full? The previous checkpoint is untouched: "
+                        "make room and go on with --resume")
+
+
+def trim_log(path, step):
+    """Keep the whole lines of log.jsonl up to `step`: what a killed run wrote after its checkpoint is done again."""
+    if os.path.exists(path):
+        keep = []
+        with open(path) as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    if json.loads(line).get("step", 0) <= step:
+                        keep.append(line)
+        with open(path + ".tmp", "w") as f:
+            f.writelines(keep)
+        os.replace(path + ".tmp", path)
+
+
+def logged(path):
+    """The evaluations in log.jsonl."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [row for row in map(json.loads, f) if "fid" in row]
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ============================================================================================== evaluation
+def student_row(c, teacher, net, model, metrics, say):
+    """One row of results for a one-step generator, on all processes together; None without an extractor."""
+    if metrics is None or not c.n_eval:
+        return None
+    labels = ev.class_labels(c.n_eval, teacher.spec.classes)
+    row = ev.evaluate(one_step(c, teacher, net), labels, *metrics, desc=model if say is print else None)
+    say(f"{model}: FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}")
+    return dict(model=model, kind="student", steps=1, temperature=c.temperature, **row)
+
+
+def one_step(c, teacher, net):
+    return functools.partial(ev.generate_student, teacher, net, init_ratio=c.init_ratio, noise=c.noise,
+                             temperature=c.temperature)
+
+
+def finish(c, teacher, start, student, rows, metrics, say):
+    """The end of a run: weights for others to load, a picture, and a table against the teacher's 16 steps.
+
+    The teacher's quality is read from the record that ships with it (minutes to make: evaluate.py --steps ...); its
+    speed is measured here, on some images, since it is the ratio on this machine that one wants to know.
+    """
+    from safetensors.torch import save_file
+
+    device, first = next(student.parameters()).device, say is print
+    many = functools.partial(ev.generate_teacher, teacher, steps=16)
+    if first:
+        path = os.path.join(c.out, "student.safetensors")
+        save_file({k: v.detach().cpu().contiguous() for k, v in student.state_dict().items()}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+        show = lambda make: ev.fixed_sample(make, teacher.spec, device, n=20)
+        ev.sheet([("teacher, 16 guided steps", show(many)), ("start of this run, 1 step", show(one_step(c, teacher, start))),
+                  ("student, 1 step", show(one_step(c, teacher, student)))], os.path.join(c.out, "picture.png"))
+        say(f"wrote {path} and picture.png beside it")
+    if metrics is None or not rows:
+        return
+    timed = ev.evaluate(many, ev.class_labels(192, teacher.spec.classes), *metrics, batch=64)
+    with open(local(teacher.spec.record)) as f:
+        shipped = [dict(json.loads(line), model="teacher, shipped record") for line in f]
+    for row in shipped:
+        here = timed if row["steps"] == 16 else {}
+        row.update({k: here.get(k) for k in ("images_per_second", "tokens_only_per_second")})
+    rows = [row for row in shipped if row["n"] == c.n_eval] + rows
+    if first:
+        with open(os.path.join(c.out, "results.jsonl"), "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        text = ev.table(rows)
+        with open(os.path.join(c.out, "table.md"), "w") as f:
+            f.write(text + "\n")
+        say("\n" + text)
+
+
+# ================================================================================================ training
+def train(c):
+    # ------------------------------------------------------------------------------- processes and device
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = torch.device(c.device, int(os.environ.get("LOCAL_RANK", 0))) if c.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")        # TF32 where a GPU has it, for what stays in float32
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bf16")
+    say = print if rank == 0 else lambda *a, **k: None
+    micro = c.batch // (world * c.accum)              # images a forward pass
+
+    # -------------------------------------------------------------------------- the networks (Alg. 1, l. 1)
+    teacher = load_teacher(c.teacher, c.teacher_weights, c.tokenizer_weights, c.random_weights, device)
+    net, spec = teacher.net, teacher.spec
+    E, bias = net.tables()                            # frozen, so one table serves teacher, student and auxiliary
+    unit = teacher.noise_unit()
+    student = copy.deepcopy(net)
+    if c.init_from:
+        load_state(student, read_weights(local(c.init_from)), c.init_from)
+    aux, ema, theta_0 = copy.deepcopy(net), copy.deepcopy(student), copy.deepcopy(student)
+    for m in (student, aux):
+        m.requires_grad_(True).set_dropout(c.dropout).train()
+        for p in m.frozen():
+            p.requires_grad_(False)
+    nets = {"student": student, "aux": aux}
+    if c.gan:
+        real_data = RealTokens(c.data, net, c.seed)
+        torch.manual_seed(c.seed)                     # the heads' initial weights, the same on every process
+        layers = head_layers(net.depth, c.heads)
+        disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, spec.grid).to(device)
+
+    params = {k: [p for p in m.parameters() if p.requires_grad] for k, m in nets.items()}
+    rates = {"student": c.lr, "aux": c.aux_lr, "disc": c.disc_lr}
+    betas = {"student": (0.9, 0.999), "aux": (0.9, 0.999), "disc": (0.0, 0.999)}
+    Opt = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
+    opts = {k: Opt(params[k], rates[k], betas[k], eps=1e-6, weight_decay=c.weight_decay, fused=True) for k in nets}
+
+    # ------------------------------------------------------------------------------------ files and resuming
+    ckpt_path, log_path = os.path.join(c.out, "ckpt.pt"), os.path.join(c.out, "log.jsonl")
+    first_step = skipped = 0
+    if c.resume:
+        state = read_weights(ckpt_path)
+        for k, m in (*nets.items(), ("ema", ema)):
+            load_state(m, state[k], f"{ckpt_path} ({k})")
+        for k, opt in opts.items():
+            opt.load_state_dict(state["optimizers"][k])
+        first_step, skipped = state["step"], state["skipped"]
+    if rank == 0:
+        os.makedirs(c.out, exist_ok=True)
+        trim_log(log_path, first_step if c.resume else -1)
+    if world > 1:
+        dist.barrier()                                # the log is whole before any process reads it
+    say(f"{spec.name}: {count(net):,} parameters, " + (f"discriminator {count(disc):,}, {len(real_data.labels):,} real "
+        "images" if c.gan else "no GAN") + f"; {world} process(es), {device}, {c.dtype}; step {first_step} of {c.steps}")
+    say("settings " + json.dumps({k: v for k, v in vars(c).items() if k not in ("resume", "overwrite", "out")}))
+
+    def checkpoint(step):
+        if rank == 0:
+            save_checkpoint(ckpt_path, dict(
+                format=1, step=step, skipped=skipped, config=vars(c), ema=ema.state_dict(),
+                optimizers={k: opt.state_dict() for k, opt in opts.items()}, **{k: m.state_dict() for k, m in nets.items()}))
+
+    def log(row):
+        if rank == 0:
+            with open(log_path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    # ------------------------------------------------------------------------------------------ evaluation
+    try:
+        metrics = ev.load_extractor(spec, device)
+    except UserError as err:
+        metrics = None
+        say(f"{err}; samples are drawn, no FID")
+    rows = logged(log_path)                           # of the part before a resume
+
+    def look(model, net, step):
+        """FID, a line in the log, and a strip of samples from starts that are the same at every look."""
+        if row := student_row(c, teacher, net, model, metrics, say):
+            rows.append(row)
+            log(dict(step=step, **row))
+        if rank == 0:
+            ev.sheet([(model, ev.fixed_sample(one_step(c, teacher, net), spec, device, n=20))],
+                     os.path.join(c.out, f"samples_{step:06d}.png"))
+
+    # --------------------------------------------------------------------------------- compile, then wrap
+    if c.compile:                                     # in place: state-dict keys stay as they are
+        for m in (net, *nets.values()):
+            m.compile()
+    # Where gradients must be averaged, call the DDP wrapper; calling the bare module silently trains each rank alone.
+    wrapped = {k: DDP(m, [device.index] if device.type == "cuda" else None) if world > 1 else m for k, m in nets.items()}
+    # Under accumulation gradients travel once a step, with the last micro-batch.
+    hold = lambda m, a: contextlib.nullcontext() if world == 1 or a == c.accum - 1 else m.no_sync()
+
+    # --------------------------------------------------------------------------------- the loop (Alg. 1)
+    bar = tqdm(range(first_step, c.steps), initial=first_step, total=c.steps, unit="step", disable=rank > 0,
+               dynamic_ncols=True)
+    if c.eval_every and first_step == 0:
+        look("start of this run", theta_0, 0)
+    bad, tick, ticked = 0, time.time(), first_step
+    for step in bar:
+        logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
+        factor = lr_factor(step, c.warmup, c.steps, c.lr_end)
+        torch.manual_seed((c.seed + 1) * 7_919 + step * world + rank)
+        gan_on = c.gan and c.w_gan > 0 and step >= c.gan_start
+        learning = step >= c.student_start and (c.w_dimo > 0 or gan_on)
+        firsts = [(a * world + rank) * micro for a in range(c.accum)]
+        batches = [draw_step(c, step, first, micro, net, device) for first in firsts]
+
+        # --- Generate logits z_theta and tokens x_theta, update the generator (l. 3-18)
+        for a, (r, first) in enumerate(zip(batches, firsts)):
+            if c.gan:      # choice: real images bring the labels, so that real and fake share them (App. H.3)
+                r.x_real, r.labels = real_data.batch(step * c.batch + first, micro, device)
+            cond = (r.labels,)
+            x_init = initial_tokens(r.tokens, c.init_ratio, r.scores, net.V)                  # l. 4
+            with autocast(), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
+                z = student_logits(wrapped["student"] if learning else student, x_init, cond, E, bias, c.noise, r.noise * unit)  # l. 5
+            r.z, r.x = z.detach(), sample_tokens(z.detach(), u=r.u)                           # l. 6
+            terms = {}
+            if learning and c.w_dimo:
+                mask = exact_mask(r.ratio, r.scores_t)                                        # l. 8
+                e_t = (soft_embed(r.z, E, bias, mask) if c.soft_state                         # App. I.15
+                       else embed_tokens(r.x.masked_fill(mask, net.V), E, bias))
+                w = c.cfg if c.cfg_schedule == "constant" else guidance_scale(r.ratio, c.cfg, c.cfg_low, c.cfg_schedule)
+                with autocast():
+                    g = dimo_grad(net, aux, e_t, cond, mask, w, c.beta, 1.0 if c.w_t == "one" else 1 / r.ratio)  # l. 9-11
+                terms["dimo"] = c.w_dimo / (micro * c.accum) * g      # DDP's average makes this a sum / global batch
+            if learning and gan_on:
+                mask = exact_mask(r.ratio_gan, r.scores_gan, least=0)
+                with autocast():
+                    g, loss_gan = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
+                terms["gan"] = c.w_gan / c.accum * g                                          # l. 14
+            if learning:
+                with hold(wrapped["student"], a):
+                    z.backward(sum(terms.values()))                                           # Eq. (10), l. 18
+        norms, fine = {}, []
+        if learning:
+            norms["student"], ok = update(opts["student"], params["student"], c.clip, rates["student"] * factor)
+            fine.append(ok)
+            if ok:
+                ema_update(ema, student, step - c.student_start, c.ema)
+
+        # --- Update the auxiliary, an MDM of the student's tokens (l. 19-21)
+        for a, r in enumerate(batches):
+            if c.redraw:                              # as the official code: everything again, from the updated student
+                r.labels = r.again.labels if not c.gan else r.labels
+                x_init = initial_tokens(r.again.tokens, c.init_ratio, r.again.scores, net.V)
+                with torch.no_grad(), autocast():
+                    z = student_logits(student, x_init, (r.labels,), E, bias, c.noise, r.again.noise * unit)
+                x = sample_tokens(z, u=r.again.u)
+            else:
+                z, x = r.z, r.x
+            mask = exact_mask(r.ratio_aux, r.scores_aux)                                      # l. 20
+            with autocast(), hold(wrapped["aux"], a):
+                z_aux = wrapped["aux"](embed_tokens(x.masked_fill(mask, net.V), E, bias), (r.labels,))
+                loss_aux = aux_loss(z_aux, x, mask, c.smoothing, r.aux_units / world, z, c.soft_target)
+                loss_aux.backward()                                                           # Eq. (1), l. 21
+        norms["aux"], ok = update(opts["aux"], params["aux"], c.clip, rates["aux"] * factor)
+        fine.append(ok)
+
+        # --- Update the discriminator (l. 22-25)
+        if c.gan:
+            for a, r in enumerate(batches):
+                mask = exact_mask(r.ratio_disc, r.scores_disc, least=0)                       # l. 23: one for both
+                with autocast(), hold(wrapped["disc"], a):
+                    d_real, d_fake = disc_logits(r.z, r.x_real, wrapped["disc"], net, (r.labels,), mask, E, bias,
+                                                 c.estimator, c.tau, c.feature_noise)
+                    loss_disc = disc_loss(d_real, d_fake)                                     # Eq. (7), l. 25
+                    (loss_disc / c.accum).backward()
+            norms["disc"], ok = update(opts["disc"], params["disc"], c.clip, rates["disc"] * factor)
+            fine.append(ok)
+
+        # --- Not finite: skipped above, on every process alike; give up after ten steps in a row
+        bad, skipped = (0, skipped) if all(fine) else (bad + 1, skipped + 1)
+        if bad >= 10:
+            raise UserError(f"gradients were not finite in 10 steps in a row, up to step {step} (norms: "
+                            + ", ".join(f"{k} {float(v):.3g}" for k, v in norms.items()) + "). The checkpoint of step "
+                            f"{step // c.save_every * c.save_every} is good: lower --lr, or try --dtype fp32, and --resume")
+
+        # --- Log: what tells health, and not only loss
+        if logging:
+            entropy, top1 = concentration(r.z)
+            row = dict(step=step + 1, entropy=entropy, top1=top1, loss_aux=loss_aux.detach() * world, skipped=skipped,
+                       **{f"grad_{k}": g.norm() for k, g in terms.items()},       # of each term at the logits
+                       **{f"norm_{k}": v for k, v in norms.items()})              # of all parameters, before clipping
+            if c.gan:
+                row.update(loss_disc=loss_disc.detach(), d_real=d_real.detach().mean(), d_fake=d_fake.detach().mean())
+            row = {k: round(float(v), 6) for k, v in row.items()}
+            row.update(lr=rates["student"] * factor, img_s=round(c.batch * (step + 1 - ticked) / (time.time() - tick), 1))
+            tick, ticked = time.time(), step + 1
+            log(row)
+            text = " ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("step", "lr", "skipped"))
+            bar.write(f"step {step + 1:5d} | {text}") if rank == 0 else None
+        last_step = step + 1 == c.steps
+        if c.eval_every and ((step + 1) % c.eval_every == 0 or last_step):
+            look(f"student, step {step + 1}", ema, step + 1)
+        if (step + 1) % c.save_every == 0 or last_step:
+            checkpoint(step + 1)
+
+    finish(c, teacher, theta_0, ema, rows, metrics, say)
+
+
+def main():
+    ap, defaults = flags()
+    given = vars(ap.parse_args())
+    try:
+        if given.get("resume"):
+            path = os.path.join(given.get("out", defaults["out"]), "ckpt.pt")
+            config = read_weights(path)["config"]
+            for key in ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer"):
+                if key in given and given[key] != config[key]:
+                    raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: "
+                                    "leave the flag out, or start another run in another --out")
+            given = {**config, **given}
+        c = settle(given, defaults)
+        train(c)
+    except UserError as err:
+        ap.exit(2, f"train.py: {err}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
