@@ -215,11 +215,12 @@ class SameConv(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding: at stride 2 the odd pixel is padded right and below."""
 
     def forward(self, x):
-        pad = []
-        for n, k, s in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1]):        # width, then height
-            p = max((math.ceil(n / s) - 1) * s + k - n, 0)
-            pad += [p // 2, p - p // 2]
-        return super().forward(F.pad(x, pad))
+        pad = [max((math.ceil(n / s) - 1) * s + k - n, 0)                                     # height, width
+               for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride)]
+        if any(p % 2 for p in pad):
+            (top, left), (bottom, right) = (p // 2 for p in pad), (p - p // 2 for p in pad)
+            x, pad = F.pad(x, (left, right, top, bottom)), (0, 0)
+        return F.conv2d(x, self.weight, self.bias, self.stride, [p // 2 for p in pad])
 
 
 class BitResBlock(nn.Module):
@@ -316,8 +317,9 @@ class BitTokenizer(nn.Module):
             E[g, : self.V, g * n : (g + 1) * n] = bits_of(torch.arange(self.V, device=E.device), n)
         return E, E.new_zeros(())
 
-    def decode(self, e, clamp=True, chunk=256):
+    def decode(self, e, clamp=True, chunk=None):
         """Decoder embeddings e (B, L, bits) -> images (B, C, H, W) in [0, 1], `chunk` images at a time."""
+        chunk = chunk or (16 if e.device.type == "cpu" else 256)                              # 16 fit a CPU's cache
         side = math.isqrt(e.shape[1])
         z = e.transpose(1, 2).reshape(len(e), self.bits, side, side)
         img = torch.cat([self.decoder(part) for part in z.split(chunk)])
@@ -554,7 +556,7 @@ def load_student(path, name=None, device="cpu"):
 
 SPECS = {
     "maskbit": Spec(
-        "maskbit", net=dict(), tokenizer=dict(), image=(3, 256, 256),
+        "maskbit", net=dict(grid=16, classes=1000), tokenizer=dict(bits=14), image=(3, 256, 256),
         sampling={64: dict(guidance=7.1, temperature=7.8), 128: dict(guidance=7.1, temperature=9.0),
                   256: dict(guidance=5.8, temperature=10.3)},
         files={"net": ("markweber/maskbit_generator_14bit", "maskbit_generator_14bit.bin"),
@@ -563,7 +565,7 @@ SPECS = {
         "maskbit-tiny", image=(1, 32, 32),
         net=dict(bits=10, grid=8, width=128, depth=4, heads=4, mlp=512, classes=10),
         tokenizer=dict(channels=1, hidden=32, mult=(1, 2, 2), blocks=1, bits=10, norm_groups=8),
-        sampling={16: dict(guidance=2.0, temperature=3.0)},
+        sampling={16: dict(guidance=2.0, temperature=10.0)},
         record="assets/fashion/teacher_steps.jsonl",
         files={"net": (None, "assets/fashion/teacher.safetensors"),
                "tokenizer": (None, "assets/fashion/tokenizer.safetensors")}),
@@ -622,6 +624,8 @@ def make_tiny(args):
 
 
 if __name__ == "__main__":
+    from teachers import UserError, make_tiny         # this file under the name by which data/fashion.py knows it
+
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--train_tokenizer", action="store_true", help="train the tiny tokenizer on Fashion-MNIST")
     ap.add_argument("--train_mdm", action="store_true", help="train the tiny teacher on the tokens in assets/")

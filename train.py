@@ -21,6 +21,7 @@ import json
 import math
 import os
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -37,19 +38,23 @@ from teachers import SPECS, UserError, load_state, load_teacher, local, read_wei
 
 # ============================================================================================ settings
 # Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
-# maskbit-tiny is ours, for 2 cores and minutes instead of 4 H100s and days: a faster auxiliary, larger rates.
+# The tiny world's are ours, for 2 cores and minutes instead of 4 H100s and days: larger rates, an auxiliary faster than
+# the student. maskbit-tiny-scratch is Di[M]O from the teacher, and made the theta_0 from which maskbit-tiny goes on.
 TABLE_5 = {
     "maskbit": dict(
-        batch=256, steps=50_000, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=0.1,
+        teacher="maskbit", batch=256, steps=50_000, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=0.1,
         optimizer="adam", lr=1e-6, weight_decay=0.0, ema=0.9999,
         w_gan=25.0, gan_ratio=[0.0, 0.95], heads=4, head_width=1024, head_mlp=2048, data="data/imagenet"),
-    "maskbit-tiny": dict(
-        batch=64, steps=400, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=1.0,
-        optimizer="adam", lr=3e-4, aux_lr=8e-4, disc_lr=1e-3, weight_decay=0.0, ema=0.99, warmup=20, lr_end=0.05,
-        gan=True, w_gan=5.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128, gan_start=0,
-        data="assets/fashion/tokens.npz", log_every=10, eval_every=100, save_every=100),
+    "maskbit-tiny-scratch": dict(
+        teacher="maskbit-tiny", batch=64, steps=1500, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=1.0,
+        optimizer="adam", lr=3e-4, aux_lr=8e-4, weight_decay=0.0, ema=0.995, warmup=20, lr_end=0.05,
+        w_gan=6.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128, feature_noise=0.1,
+        data="assets/fashion/tokens.npz", log_every=20, eval_every=500, save_every=100),
 }
 TABLE_5["maskbit-long"] = dict(TABLE_5["maskbit"], optimizer="adamw", lr=5e-7, weight_decay=0.01, w_gan=200.0)
+TABLE_5["maskbit-tiny"] = dict(
+    TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=250, student_start=30,
+    lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=125, save_every=50)
 
 
 def flags():
@@ -75,10 +80,10 @@ def flags():
     add(g, "batch", 256, "images a step, over all processes and accumulation steps")
     add(g, "accum", 1, "gradient accumulation steps: memory for time")
     add(g, "seed", 0, "of everything random")
-    add(g, "init_from", None, "weights of a one-step generator theta_0 to start from (Alg. 1); else the teacher's")
+    add(g, "init_from", "teacher", "weights of a one-step generator theta_0 to start from (Alg. 1), or: teacher", type=str)
     add(g, "log_every", 50, "steps between log lines; the host waits for the device only then")
     add(g, "save_every", 1000, "steps between checkpoints")
-    add(g, "eval_every", 2000, "steps between evaluations (FID and a strip of samples); 0 is never")
+    add(g, "eval_every", 2000, "steps between evaluations (FID and a strip of samples); 0: none, nor at the end")
     add(g, "n_eval", 5000, "images an evaluation")
     g = ap.add_argument_group("teacher")
     add(g, "teacher_weights", None, "local file instead of the published one")
@@ -132,13 +137,14 @@ def flags():
 
 def settle(given, defaults):
     """All settings: defaults, then the teacher's column of Tab. 5, then the flags; checked before any work is done."""
+    if given.get("teacher", "maskbit-tiny") not in SPECS:
+        raise UserError(f"unknown --teacher {given['teacher']!r}: expected one of {', '.join(SPECS)}")
     name = given.get("recipe") or given.get("teacher", defaults["teacher"])
-    teacher = given.get("teacher", name.removesuffix("-long"))
-    if teacher not in SPECS:
-        raise UserError(f"unknown --teacher {teacher!r}: expected one of {', '.join(SPECS)}")
     if name not in TABLE_5:
         raise UserError(f"unknown --recipe {name!r}: expected one of {', '.join(TABLE_5)}")
-    c = argparse.Namespace(**{**defaults, **TABLE_5[name], **given, "teacher": teacher, "recipe": name})
+    c = argparse.Namespace(**{**defaults, **TABLE_5[name], **given, "recipe": name})
+    if c.teacher != TABLE_5[name]["teacher"]:
+        raise UserError(f"--recipe {name} is for --teacher {TABLE_5[name]['teacher']}, not {c.teacher}")
     c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
     positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip")
     for key in positive:
@@ -219,18 +225,25 @@ class RealTokens:
 
 
 def load_tokens(path, net):
-    """(tokens (n, L, G), labels (n,)) of a folder of data/*.py or a packed .npz, checked against the teacher."""
+    """(tokens (n, L, G), labels (n,)) of a folder that data/*.py wrote, memory-mapped, or of a packed .npz."""
+    path, meta = local(path), {}
     try:
         if os.path.isdir(path):
             x, labels = (np.load(os.path.join(path, f"{k}.npy"), mmap_mode="r") for k in ("tokens", "labels"))
+            with open(os.path.join(path, "meta.json")) as f:
+                meta = json.load(f)
         else:
-            with np.load(local(path)) as f:
+            with np.load(path) as f:
                 x, labels = f["tokens"], f["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as err:
+                meta = json.loads(str(f["meta"])) if "meta" in f else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
         raise UserError(f"--data {path}: cannot read real tokens ({err}); prepare them with data/fashion.py or data/imagenet.py")
-    if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0:
-        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) with n labels, got {x.shape} with "
-                        f"{labels.shape}; were they made with this teacher's tokenizer?")
+    if not meta.get("complete", True):
+        raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
+    if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
+        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n labels, got {x.shape} "
+                        f"and {labels.shape}{meta.get('teacher', '') and ' of ' + meta['teacher']}; were they made with "
+                        "this teacher's tokenizer?")
     return x, labels
 
 
@@ -322,7 +335,7 @@ def one_step(c, teacher, net):
 
 
 def finish(c, teacher, start, student, rows, metrics, say):
-    """The end of a run: weights for others to load, a picture, and a table against the teacher's 16 steps.
+    """The end of a run: weights in float16 for others to load, a picture, and a table against the teacher's steps.
 
     The teacher's quality is read from the record that ships with it (minutes to make: evaluate.py --steps ...); its
     speed is measured here, on some images, since it is the ratio on this machine that one wants to know.
@@ -330,23 +343,28 @@ def finish(c, teacher, start, student, rows, metrics, say):
     from safetensors.torch import save_file
 
     device, first = next(student.parameters()).device, say is print
-    many = functools.partial(ev.generate_teacher, teacher, steps=16)
     if first:
         path = os.path.join(c.out, "student.safetensors")
-        save_file({k: v.detach().cpu().contiguous() for k, v in student.state_dict().items()}, path + ".tmp")
+        save_file({k: v.half().cpu().contiguous() for k, v in student.state_dict().items()}, path + ".tmp")
         os.replace(path + ".tmp", path)
+        say(f"wrote {path}")
+    if not c.eval_every:
+        return
+    many = functools.partial(ev.generate_teacher, teacher, steps=16)
+    if first:
         show = lambda make: ev.fixed_sample(make, teacher.spec, device, n=20)
         ev.sheet([("teacher, 16 guided steps", show(many)), ("start of this run, 1 step", show(one_step(c, teacher, start))),
                   ("student, 1 step", show(one_step(c, teacher, student)))], os.path.join(c.out, "picture.png"))
-        say(f"wrote {path} and picture.png beside it")
+        say(f"wrote {c.out}/picture.png")
     if metrics is None or not rows:
         return
     timed = ev.evaluate(many, ev.class_labels(192, teacher.spec.classes), *metrics, batch=64)
-    with open(local(teacher.spec.record)) as f:
-        shipped = [dict(json.loads(line), model="teacher, shipped record") for line in f]
+    shipped = []
+    if teacher.spec.record:
+        with open(local(teacher.spec.record)) as f:
+            shipped = [dict(json.loads(line), model="teacher, shipped record") for line in f]
     for row in shipped:
-        here = timed if row["steps"] == 16 else {}
-        row.update({k: here.get(k) for k in ("images_per_second", "tokens_only_per_second")})
+        row.update({k: timed[k] if row["steps"] == 16 else None for k in ("images/s", "tokens_only/s")})
     rows = [row for row in shipped if row["n"] == c.n_eval] + rows
     if first:
         with open(os.path.join(c.out, "results.jsonl"), "w") as f:
@@ -377,7 +395,7 @@ def train(c):
     E, bias = net.tables()                            # frozen, so one table serves teacher, student and auxiliary
     unit = teacher.noise_unit()
     student = copy.deepcopy(net)
-    if c.init_from:
+    if c.init_from and c.init_from != "teacher":
         load_state(student, read_weights(local(c.init_from)), c.init_from)
     aux, ema, theta_0 = copy.deepcopy(net), copy.deepcopy(student), copy.deepcopy(student)
     for m in (student, aux):
@@ -407,6 +425,7 @@ def train(c):
         for k, opt in opts.items():
             opt.load_state_dict(state["optimizers"][k])
         first_step, skipped = state["step"], state["skipped"]
+        del state
     if rank == 0:
         os.makedirs(c.out, exist_ok=True)
         trim_log(log_path, first_step if c.resume else -1)
@@ -475,7 +494,8 @@ def train(c):
             cond = (r.labels,)
             x_init = initial_tokens(r.tokens, c.init_ratio, r.scores, net.V)                  # l. 4
             with autocast(), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
-                z = student_logits(wrapped["student"] if learning else student, x_init, cond, E, bias, c.noise, r.noise * unit)  # l. 5
+                model = wrapped["student"] if learning else student
+                z = student_logits(model, x_init, cond, E, bias, c.noise, r.noise * unit)     # l. 5: (B, L, G, V)
             r.z, r.x = z.detach(), sample_tokens(z.detach(), u=r.u)                           # l. 6
             terms = {}
             if learning and c.w_dimo:
@@ -483,8 +503,9 @@ def train(c):
                 e_t = (soft_embed(r.z, E, bias, mask) if c.soft_state                         # App. I.15
                        else embed_tokens(r.x.masked_fill(mask, net.V), E, bias))
                 w = c.cfg if c.cfg_schedule == "constant" else guidance_scale(r.ratio, c.cfg, c.cfg_low, c.cfg_schedule)
+                weight = 1.0 if c.w_t == "one" else 1 / r.ratio
                 with autocast():
-                    g = dimo_grad(net, aux, e_t, cond, mask, w, c.beta, 1.0 if c.w_t == "one" else 1 / r.ratio)  # l. 9-11
+                    g = dimo_grad(net, aux, e_t, cond, mask, w, c.beta, weight)               # l. 9-11
                 terms["dimo"] = c.w_dimo / (micro * c.accum) * g      # DDP's average makes this a sum / global batch
             if learning and gan_on:
                 mask = exact_mask(r.ratio_gan, r.scores_gan, least=0)
@@ -541,7 +562,7 @@ def train(c):
         # --- Log: what tells health, and not only loss
         if logging:
             entropy, top1 = concentration(r.z)
-            row = dict(step=step + 1, entropy=entropy, top1=top1, loss_aux=loss_aux.detach() * world, skipped=skipped,
+            row = dict(step=step + 1, entropy=entropy, top1=top1, loss_aux=loss_aux.detach() * c.accum, skipped=skipped,
                        **{f"grad_{k}": g.norm() for k, g in terms.items()},       # of each term at the logits
                        **{f"norm_{k}": v for k, v in norms.items()})              # of all parameters, before clipping
             if c.gan:
@@ -551,7 +572,8 @@ def train(c):
             tick, ticked = time.time(), step + 1
             log(row)
             text = " ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in ("step", "lr", "skipped"))
-            bar.write(f"step {step + 1:5d} | {text}") if rank == 0 else None
+            if rank == 0:
+                bar.write(f"step {step + 1:5d} | {text}")
         last_step = step + 1 == c.steps
         if c.eval_every and ((step + 1) % c.eval_every == 0 or last_step):
             look(f"student, step {step + 1}", ema, step + 1)
@@ -567,7 +589,9 @@ def main():
     try:
         if given.get("resume"):
             path = os.path.join(given.get("out", defaults["out"]), "ckpt.pt")
-            config = read_weights(path)["config"]
+            config = read_weights(path).get("config")
+            if config is None:
+                raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by --init_from")
             for key in ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer"):
                 if key in given and given[key] != config[key]:
                     raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: "

@@ -1,26 +1,42 @@
 """Fashion-MNIST, the default world: 70,000 photographs of clothes, 28x28, 10 classes (Xiao et al. 2017).
 
-    python data/fashion.py                       # writes data/fashion/: tokens and labels of the training set
-    python data/fashion.py --pack assets/fashion_tokens.npz    # the packed copy that this repository ships
+    python data/fashion.py                                     # writes data/fashion/: the training set as tokens
+    python data/fashion.py --pack assets/fashion/tokens.npz    # the packed copy that this repository ships
 
 The four raw files come from Debian (`apt-get install dataset-fashion-mnist`) or, failing that, from torchvision's
 downloader. Images are padded to 32x32 and never flipped: all shoes point left, and a teacher should know that.
+
+What every script of data/ writes, and all that train.py reads, is one folder (or the same three in one .npz):
+
+    tokens.npy    (N, L, G) the tokens, uint8 where V <= 256, else uint16; opened as a memory map, never read whole
+    labels.npy    (N,)      class ids
+    meta.json     which teacher and tokenizer (sha256 of its weights), V, L, G, classes, n = N, and "complete"
 """
 
 import argparse
 import gzip
+import hashlib
+import json
 import os
 import struct
 import sys
+import zlib
+from contextlib import contextmanager
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from teachers import SPECS, BitTokenizer, UserError, fetch, load_state, read_weights  # noqa: E402
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+COUNT = {"train": 60_000, "t10k": 10_000}
 
 
+# ============================================================================================ the photographs
 def read_idx(path):
     """The array in a gzipped IDX file of bytes; ValueError if it is cut short or of another kind."""
     with gzip.open(path) as f:
@@ -34,28 +50,108 @@ def read_idx(path):
 
 def load_images(split="train", raw=None):
     """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of split "train" (60,000) or "t10k" (10,000)."""
-    from teachers import UserError
-
-    raw = raw or DEBIAN
-    if not os.path.isdir(raw):
-        raw = download()
+    if raw is None:
+        raw = DEBIAN if os.path.isdir(DEBIAN) else download()
     try:
         img = read_idx(os.path.join(raw, f"{split}-images-idx3-ubyte.gz"))
         labels = read_idx(os.path.join(raw, f"{split}-labels-idx1-ubyte.gz"))
-    except (OSError, EOFError, ValueError, struct.error) as err:
+        if img.shape != (COUNT[split], 28, 28) or labels.shape != img.shape[:1] or labels.max() >= len(CLASSES):
+            raise ValueError(f"{split}: expected {COUNT[split]} images of 28x28 and a class for each, "
+                             f"got images {img.shape} and labels {labels.shape}")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as err:
         raise UserError(f"cannot read Fashion-MNIST's files in {raw} ({err}); install Debian's package "
                         "dataset-fashion-mnist, or name a folder with the four .gz files by --raw")
     return np.pad(img, ((0, 0), (2, 2), (2, 2)))[:, None], labels.copy()
 
 
-def download(root="data/fashion_raw"):
+def download(root=os.path.join(HERE, "fashion_raw")):
     """The folder of raw files as torchvision's downloader leaves it."""
-    from teachers import UserError
-
     try:
         from torchvision.datasets import FashionMNIST
         FashionMNIST(root, download=True)
     except Exception as err:                          # no network, no torchvision, a broken mirror: one sentence
-        raise UserError(f"Fashion-MNIST is not in {DEBIAN} and could not be downloaded to {root} ({err}); "
-                        "install Debian's package dataset-fashion-mnist, or name the folder by --raw")
+        why = (str(err).splitlines() or [""])[0]
+        raise UserError(f"Fashion-MNIST is not in {DEBIAN} and could not be downloaded to {root} "
+                        f"({type(err).__name__}: {why}); install Debian's package dataset-fashion-mnist, or name a "
+                        "folder with the four .gz files by --raw")
     return os.path.join(root, "FashionMNIST", "raw")
+
+
+# ================================================================================================ the tokens
+def load_tokenizer(name, path=None, random_weights=False):
+    """The frozen tokenizer of the teacher called `name`, without the teacher, which data do not need."""
+    tokenizer = BitTokenizer(**SPECS[name].tokenizer)
+    if not random_weights:
+        path = path or fetch(*SPECS[name].files["tokenizer"], "--tokenizer_weights")
+        load_state(tokenizer, read_weights(path), path)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def describe(tokenizer, name, source):
+    """The part of meta.json that follows from the tokenizer: tokens of other weights must not be taken for these."""
+    spec, sha256 = SPECS[name], hashlib.sha256()
+    for key, tensor in sorted(tokenizer.state_dict().items()):
+        sha256.update(key.encode() + tensor.cpu().numpy().tobytes())
+    device = next(tokenizer.parameters()).device
+    L, G = tokenizer.encode(torch.zeros(1, *spec.image, device=device)).shape[1:]
+    return dict(teacher=name, V=tokenizer.V, L=L, G=G, classes=spec.classes, source=source, tokenizer=sha256.hexdigest())
+
+
+def token_dtype(V):
+    return np.dtype(np.uint8 if V <= 256 else np.uint16)
+
+
+@contextmanager
+def replacing(path):
+    """A file to write, which takes the name `path` only when all of it is on the disk."""
+    with open(path + ".tmp", "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def write_folder(out, tokens, labels, meta):
+    """tokens.npy, labels.npy and meta.json; without its meta.json a folder counts as unfinished, so it comes last."""
+    os.makedirs(out, exist_ok=True)
+    if os.path.exists(os.path.join(out, "meta.json")):
+        os.remove(os.path.join(out, "meta.json"))
+    for name, array in (("tokens.npy", tokens), ("labels.npy", labels)):
+        with replacing(os.path.join(out, name)) as f:
+            np.save(f, array)
+    with replacing(os.path.join(out, "meta.json")) as f:
+        f.write(json.dumps(meta, indent=1).encode())
+
+
+def main(args):
+    img, labels = load_images("train", args.raw)
+    tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)
+    meta = describe(tokenizer, "maskbit-tiny", "Fashion-MNIST, training set")
+    meta |= dict(n=len(img), variants=1, complete=True)
+
+    tokens = np.empty((len(img), meta["L"], meta["G"]), token_dtype(meta["V"]))
+    for i in tqdm(range(0, len(img), 500), unit="batch"):
+        tokens[i : i + 500] = tokenizer.encode(torch.from_numpy(img[i : i + 500]).float() / 255).numpy()
+
+    if args.pack:
+        os.makedirs(os.path.dirname(args.pack) or ".", exist_ok=True)
+        with replacing(args.pack) as f:
+            np.savez_compressed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
+        print(f"{args.pack}: {len(tokens):,} images, {os.path.getsize(args.pack) / 1e6:.2f} MB")
+    else:
+        write_folder(args.out, tokens, labels, meta)
+        print(f"{args.out}: {len(tokens):,} images, {tokens.nbytes / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--out", default=os.path.join(HERE, "fashion"), help="folder to write")
+    ap.add_argument("--pack", metavar="FILE.npz", help="write one compressed file instead of the folder")
+    ap.add_argument("--raw", metavar="DIR", help="folder with the four .gz files")
+    ap.add_argument("--tokenizer_weights", metavar="PATH", help="another tokenizer than the one in assets/")
+    try:
+        main(ap.parse_args())
+    except UserError as err:
+        ap.exit(2, f"fashion.py: {err}\n")
+    except OSError as err:
+        ap.exit(2, f"fashion.py: cannot write ({err}); nothing that was there before is damaged\n")

@@ -1,0 +1,600 @@
+"""How good are the images? FID, Inception Score, precision, recall, density, coverage, and the speed.
+
+All compare features of N generated images with features of real ones. With mean mu and covariance S of each set,
+
+    FID = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))          lower is better, 0 for equal Gaussians
+    IS  = exp(mean KL(p(y|x) || p(y)))                                   sharp and diverse, as a classifier sees it
+    precision, recall       share of fakes inside some real's ball of k neighbours, and the other way round
+    density, coverage       the same, counting balls, so outliers weigh little; share of real balls with a fake in
+
+None of these is a property of a model alone. FID falls as N grows (below 10,000 by more than papers argue about),
+and it depends on the feature network, the reference images, the resize, the rounding of pixels (here truncation to
+uint8, as in the official code), temperature, guidance, the seed and the labels (here every class equally often).
+So every row of results.jsonl holds all of them, with hashes: compare rows that differ in one.
+
+The tiny world has its own feature network, a small classifier (`FashionNet`). Its features are means and standard
+deviations of the maps of *all* layers: the last layer alone hardly sees texture, and texture is what betrays
+tokens that were drawn independently. Its FIDs compare only with each other. Where real images stand, the floor,
+says assets/fashion/reference.json.
+
+    python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, and its teacher beside it
+    python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1          # a sweep; 0 is argmax (Tab. 14)
+    python evaluate.py --steps 1 2 4 8 16                        # the teacher alone
+    torchrun --nproc_per_node=4 evaluate.py --ckpt ... --n 50000
+    python evaluate.py --reconstruction                          # the tokenizer: what limits every student
+    python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import time
+import warnings
+import zipfile
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import teachers
+from dimo import initial_tokens, student_logits
+from soft_embed import sample_tokens
+from teachers import HERE, SPECS, UserError, decode_tokens, load_state, load_student, load_teacher, read_weights
+
+ASSETS = os.path.join(HERE, "assets", "fashion")
+
+
+# ================================================================================================= metrics
+def fid(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two Gaussians, by the matrix root. Rank-deficient covariances (few images) are fine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", getattr(scipy.linalg, "LinAlgWarning", Warning))      # "singular": fine
+        root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+        if not np.isfinite(root).all():
+            eps = 1e-6 * np.eye(len(sigma1))
+            root = scipy.linalg.sqrtm((sigma1 + eps) @ (sigma2 + eps))
+    d = mu1 - mu2
+    return float(d @ d + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root).real)
+
+
+def fid_eigenvalues(mu1, sigma1, mu2, sigma2):
+    """The same number without a matrix root: tr((S1 S2)^(1/2)) sums the roots of the eigenvalues of S1 S2."""
+    d, roots = mu1 - mu2, np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(complex))
+    return float(d @ d + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.real.sum())
+
+
+class Moments:
+    """Mean and covariance of features that come in batches, on several processes, by float64 sums.
+
+    The sums run about `shift`, a point near the mean and the same on every process (here the reference's mean):
+    E[f f^T] - mu mu^T would lose digits where means are large against the spread.
+    """
+
+    def __init__(self, dim, shift=0.0, device="cpu"):
+        self.shift = torch.as_tensor(shift, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, f):
+        f = f.double() - self.shift                                                           # (B, dim)
+        self.count += len(f)
+        self.sum += f.sum(0)
+        self.outer += f.T @ f
+
+    def result(self):
+        """mu (dim,) and the unbiased covariance (dim, dim) of what all processes have seen, as float64 arrays."""
+        n, total, outer = (all_reduce(t.clone()) for t in (self.count, self.sum, self.outer))
+        mean = total / n
+        sigma = (outer - n * mean[:, None] * mean) / (n - 1)
+        return (mean + self.shift).cpu().numpy(), sigma.cpu().numpy()
+
+
+def inception_score(logits, splits=10, split_size=None, shuffle=True):
+    """(mean, population std) over splits of exp(mean KL(p(y|x) || p(y))), from the logits (N, classes).
+
+    Three conventions are about, and differ by sampling noise at 50,000 images: torch-fidelity's (the default), ten
+    splits after a fixed permutation; StyleGAN's, ten splits in order (shuffle=False); ADM's, chunks of 5,000 in
+    order (split_size=5000, shuffle=False).
+    """
+    logp = torch.as_tensor(logits).double().log_softmax(-1)                                   # (N, classes)
+    n = len(logp)
+    if shuffle:
+        logp = logp[torch.from_numpy(np.random.RandomState(2020).permutation(n)).to(logp.device)]
+    splits = min(splits, n)
+    edges = [*range(0, n, split_size), n] if split_size else [i * n // splits for i in range(splits + 1)]
+    parts = [logp[a:b] for a, b in zip(edges, edges[1:])]
+    log_mean = [part.logsumexp(0) - math.log(len(part)) for part in parts]                    # log p(y), (classes,)
+    kl = [(part.exp() * (part - log_p)).sum(1).mean() for part, log_p in zip(parts, log_mean)]
+    scores = torch.stack(kl).exp()
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def squared_distances(a, b):
+    """|a_i - b_j|^2 (n, m) as |a|^2 + |b|^2 - 2 a b: a matrix product, and ten times faster than differences."""
+    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2).add_(a.square().sum(1)[:, None])
+
+
+def prdc(real, fake, k=3, block_bytes=2**26):
+    """Precision, recall (Kynkaanniemi 2019), density, coverage (Naeem 2020) of features (N, dim), as a dict.
+
+    A ball about a point reaches to its k-th neighbour in its own set, itself not counted, and its surface is
+    outside: distances compare by a strict <. Float64 and a margin of 1e-12 see to that: the expanded square is off
+    by 1e-15 or so, which would decide exact ties (duplicate images) at random. Blocks keep 50k x 10k small.
+    """
+    real, fake = (torch.as_tensor(f).double() for f in (real, fake))
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"{k} neighbours need more than {k} images a side: got {len(real)} real, {len(fake)} fake")
+    real, fake = real - real.mean(0), fake - real.mean(0)        # the same distances, of smaller squares
+    tie = 1e-12 * max(f.square().sum(1).max().item() for f in (real, fake))
+    blocks = lambda a, b: a.split(max(1, block_bytes // (8 * len(b))))
+    radii = lambda f: torch.cat([squared_distances(part, f).kthvalue(k + 1).values for part in blocks(f, f)])
+    r_real, r_fake = radii(real) - tie, radii(fake) - tie        # squared
+    precise = inside = 0
+    recalled = covered = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    start = 0
+    for part in blocks(fake, real):
+        d = squared_distances(part, real)                                                     # (block, N real)
+        in_real = d < r_real
+        precise += in_real.any(1).sum().item()
+        inside += in_real.sum().item()
+        covered = covered | in_real.any(0)                       # if any fake is inside, the nearest one is
+        recalled = recalled | (d < r_fake[start:start + len(part), None]).any(0)
+        start += len(part)
+    return dict(precision=precise / len(fake), recall=recalled.double().mean().item(),
+                density=inside / (k * len(fake)), coverage=covered.double().mean().item())
+
+
+# ================================================================================ extractors and references
+# An extractor maps images (B, C, H, W) in [0, 1] to (features (B, dim), logits (B, classes)). The tiny world's is
+# this one. For photographs in colour it will be the Inception network of 2015, with the resize inside it.
+class FashionNet(nn.Module):
+    """A small classifier of clothes, (B, 1, 32, 32). Its features see texture: mean and deviation of every map.
+
+    They are standardised over the training set, so that no layer dominates a distance.
+    """
+
+    published_names, published_extras = [], set()
+
+    def __init__(self, widths=(16, 24, 32, 32), strides=(1, 2, 2, 1), classes=10):
+        super().__init__()
+        self.dim, self.classes = 2 * sum(widths), classes
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, s, padding=1, bias=False)
+                                   for a, b, s in zip((1, *widths), widths, strides))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
+        self.standard = nn.BatchNorm1d(self.dim, affine=False)
+        self.head = nn.Linear(self.dim, classes)
+
+    def forward(self, img):
+        h, stats = img, []
+        for conv, norm in zip(self.convs, self.norms):
+            h = F.relu(norm(conv(h)))                            # (B, width, H, W), 32 to 8 px
+            mean = h.mean((2, 3), keepdim=True)                                               # (B, width, 1, 1)
+            stats += [mean[:, :, 0, 0], ((h - mean).square().mean((2, 3)) + 1e-6).sqrt()]
+        features = self.standard(torch.cat(stats, 1))                                         # (B, dim)
+        return features, self.head(features)
+
+
+@torch.no_grad()
+def extract(extractor, img):
+    """(features, logits) of uint8 images, in float32 even where the caller generates under autocast."""
+    with torch.autocast(img.device.type, enabled=False):
+        return extractor(img.float() / 255)
+
+
+class Reference(NamedTuple):
+    """The real side: moments of all images for FID, and the features of some of them (or None) for neighbours."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+    features: torch.Tensor | None
+    name: str
+
+
+def load_reference(path, dim, device="cpu"):
+    """A Reference from any .npz with mu (dim,) and sigma (dim, dim), and `features` (n, dim) if it has them."""
+    try:
+        with np.load(path) as f:
+            mu, sigma = (f[key].astype(np.float64) for key in ("mu", "sigma"))
+            features = torch.from_numpy(f["features"]).float().to(device) if "features" in f else None
+    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as err:
+        raise UserError(f"cannot read statistics from {path} ({err}): expected an .npz with mu and sigma")
+    if (mu.shape, sigma.shape) != ((dim,), (dim, dim)) or (features is not None and features.shape[1:] != (dim,)):
+        raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} and {sigma.shape}: "
+                        "made with another feature network?")
+    return Reference(mu, sigma, features, f"{os.path.basename(path)} {fingerprint([mu, sigma])}")
+
+
+def load_extractor(spec, device="cpu"):
+    """(extractor, reference) for a teacher's images."""
+    if spec.image != (1, 32, 32):
+        raise UserError(f"no FID for {spec.name}: Inception features are not part of this version yet")
+    path = os.path.join(ASSETS, "classifier.safetensors")
+    extractor = load_state(FashionNet(), read_weights(path), path).to(device).eval().requires_grad_(False)
+    return extractor, load_reference(os.path.join(ASSETS, "reference.npz"), extractor.dim, device)
+
+
+def fingerprint(arrays):
+    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: files may have been renamed."""
+    if isinstance(arrays, nn.Module):
+        arrays = arrays.state_dict().values()
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(torch.as_tensor(a).detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# ============================================================================================== generation
+@torch.no_grad()
+def generate_student(teacher, net, labels, *, init_ratio=0.6, noise=0.1, temperature=1.0, generator=None,
+                     seconds=None):
+    """One pass of the generator `net`: labels (B,) -> uint8 images (B, C, H, W). temperature 0 is argmax.
+
+    seconds, a Counter, receives the time of the "tokens" and of the "pixels", the decoder's share.
+    """
+    start, device, shape = now(labels.device), labels.device, (len(labels), net.L, net.G)
+    E, bias = teacher.net.tables()
+    tokens = torch.randint(net.V, shape, generator=generator, device=device)
+    scores, u = (torch.rand(shape, generator=generator, device=device) for _ in range(2))
+    n = torch.randn(*shape[:2], E.shape[-1], generator=generator, device=device) * teacher.noise_unit()
+    x_init = initial_tokens(tokens, init_ratio, scores, net.V)                                # Alg. 1, l. 4
+    z = student_logits(net, x_init, (labels,), E, bias, noise, n)                             # l. 5: (B, L, G, V)
+    if not torch.isfinite(z).all():
+        raise UserError("the student's logits are not finite: its training diverged, take an earlier checkpoint")
+    return to_pixels(teacher, sample_tokens(z, temperature, u), start, seconds)               # l. 6
+
+
+@torch.no_grad()
+def generate_teacher(teacher, labels, steps, *, guidance=None, temperature=None, generator=None, seconds=None):
+    """The multi-step teacher: labels (B,) -> uint8 images (B, C, H, W), with the spec's settings or these."""
+    start, net, settings = now(labels.device), teacher.net, dict(teacher.spec.sampling_for(steps))
+    settings.update({k: v for k, v in (("guidance", guidance), ("temperature", temperature)) if v is not None})
+    draws = lambda i: torch.rand(2, len(labels), net.L, net.G, generator=generator, device=labels.device)
+    x = teachers.sample(net, (labels,), steps, **settings, draws=draws)
+    return to_pixels(teacher, x, start, seconds)
+
+
+def to_pixels(teacher, x, start, seconds):
+    """Tokens (B, L, G) -> uint8 images, truncated as in the official code; always decoded in float32."""
+    middle = now(x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        img = (decode_tokens(teacher.tokenizer, x) * 255).to(torch.uint8)
+    if seconds is not None:
+        seconds.update(tokens=middle - start, pixels=now(x.device) - middle)
+    return img
+
+
+def now(device):
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# ============================================================================================== evaluation
+def all_reduce(t):
+    """The sum over processes, in place; every process must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+@torch.no_grad()
+def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, desc=None):
+    """All metrics of len(labels) images, as a dict; desc names the progress bar (none without).
+
+    make_images(labels (b,), generator=, seconds=) -> uint8 images; bind the rest with functools.partial. Batch i
+    draws from a generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their
+    order, and the numbers do not depend on the number of processes. (They do depend on `batch`.)
+    """
+    device, n = next(extractor.parameters()).device, len(labels)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    features, logits = (torch.zeros(n, width, device=device) for width in (extractor.dim, extractor.classes))
+    moments, seconds, timed = Moments(extractor.dim, reference.mu, device), Counter(), 0
+    mine = range(rank, math.ceil(n / batch), world)
+    for i in tqdm(mine, desc, unit="batch", disable=rank > 0 or desc is None, leave=False, dynamic_ncols=True):
+        if i == rank + world:                         # the first batch only warmed caches and kernels up
+            seconds.clear()
+            timed = 0
+        part = slice(i * batch, (i + 1) * batch)
+        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+        generator = torch.Generator(device).manual_seed(own_seed)
+        img = make_images(labels[part].to(device), generator=generator, seconds=seconds)
+        features[part], logits[part] = extract(extractor, img)
+        moments.add(features[part])
+        timed += len(img)
+    all_reduce(features), all_reduce(logits)          # each row is zero but on the process that made it
+    rates = [timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])]
+    rates = all_reduce(torch.tensor(rates, dtype=torch.float64, device=device)).tolist()
+
+    mu, sigma = moments.result()
+    row = dict(n=n, fid=fid(mu, sigma, reference.mu, reference.sigma),
+               fid_eigenvalues=fid_eigenvalues(mu, sigma, reference.mu, reference.sigma))
+    row["is"], row["is_std"] = inception_score(logits)
+    if reference.features is not None:
+        row.update(prdc(reference.features, features, k), k=k)
+    row.update({"images/s": rates[0] or None, "tokens_only/s": rates[1] or None}, seed=seed, batch=batch,
+               processes=world, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}",
+               reference=reference.name)
+    return row
+
+
+def class_labels(n, classes):
+    """0, 1, ..., classes - 1, 0, 1, ...: every class equally often, a column of a sheet each."""
+    return torch.arange(n) % classes
+
+
+# ===================================================================================== tables and pictures
+COLUMNS = {"steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
+           "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".0f",
+           "tokens_only/s": ".0f"}                               # key of a row: how it is printed
+
+
+def table(rows):
+    """Markdown: a line for each row of `evaluate` (plus model, steps, temperature, guidance), and notes below."""
+    cell = lambda row, key: format(row[key], COLUMNS[key]) if row.get(key) is not None else "-"
+    lines = [["model", *(key.replace("_", " ") for key in COLUMNS)]]
+    lines += [[row.get("model", "-"), *(cell(row, key) for key in COLUMNS)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    if small := sorted({row["n"] for row in rows if row["n"] < 10_000}):
+        lines += ["", f"N = {', '.join(map(str, small))}: below 10,000, FID is biased upward; compare at equal N."]
+
+    timed = lambda kind: [row for row in rows if row.get("kind") == kind and row.get("images/s")]
+    if timed("teacher") and timed("student"):
+        slow = max(timed("teacher"), key=lambda row: row["steps"])
+        fast = max(timed("student"), key=lambda row: row["images/s"])
+        image, tokens = (fast[key] / slow[key] for key in ("images/s", "tokens_only/s"))
+        lines += ["", f"One step is {image:.1f} times faster an image than the teacher's {slow['steps']} steps; "
+                      f"{tokens:.1f} times without the decoder, which both share."]
+    return "\n".join(lines)
+
+
+def sheet(rows, path, scale=None, columns=10):
+    """A PNG of labelled rows: [(caption, uint8 images (n, C, H, W)), ...], wrapped after `columns` images.
+
+    Pixels are enlarged `scale` times, never smoothed; by default small images become 96 px high.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    H, W = rows[0][1].shape[2:]
+    scale, gap, caption = scale or max(1, 96 // H), 2, 16
+    high, wide = scale * H + gap, scale * W + gap
+    columns = min(columns, max(len(img) for _, img in rows))
+    heights = [caption + high * math.ceil(len(img) / columns) for _, img in rows]
+    page = Image.new("RGB", (wide * columns + gap, sum(heights) + gap), "white")
+    draw, top = ImageDraw.Draw(page), 0
+    for (text, img), height in zip(rows, heights):
+        draw.text((gap + 1, top + 1), text, "black", ImageFont.load_default())
+        for i, pixels in enumerate(img.cpu().permute(0, 2, 3, 1).numpy()):                    # (H, W, C)
+            tile = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+            tile = tile.resize((scale * W, scale * H), Image.Resampling.NEAREST)
+            page.paste(tile, (gap + i % columns * wide, top + caption + i // columns * high))
+        top += height
+    page.save(path + ".tmp", format="PNG", optimize=True)
+    os.replace(path + ".tmp", path)
+
+
+def fixed_sample(make_images, spec, device, n=10, seed=0):
+    """n images, spread over the classes, from starts that the seed fixes: what a sheet shows of each model."""
+    labels = torch.arange(n, device=device) * spec.classes // n
+    return make_images(labels, generator=torch.Generator(device).manual_seed(seed))
+
+
+# ================================================================================== real images: the tiny world
+def make_reference(args):
+    """Train FashionNet, then write its weights (float16), the training set's statistics, and a record of both."""
+    from data.fashion import load_images
+    from safetensors.torch import save_file
+
+    start = time.time()
+    torch.manual_seed(args.seed)
+    img, labels, test, test_labels = (torch.from_numpy(a) for s in ("train", "t10k") for a in load_images(s))
+    net, batch = FashionNet().to(args.device), 128
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    bar = tqdm(range(args.epochs * (len(img) // batch)), "classifier", mininterval=2, dynamic_ncols=True)
+    for n in bar:
+        epoch, k = divmod(n, len(img) // batch)
+        if k == 0:
+            order = torch.randperm(len(img)).split(batch)
+        decay = (1.01 + 0.99 * math.cos(math.pi * n / bar.total)) / 2
+        opt.param_groups[0]["lr"] = 5e-3 * min(1, (n + 1) / 100) * decay
+        z = net(img[order[k]].to(args.device).float() / 255)[1]
+        loss = F.cross_entropy(z, labels[order[k]].to(args.device).long())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if n % 50 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+
+    # The shipped weights are rounded, so the statistics are taken with the rounded ones.
+    state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    net.load_state_dict(state)
+    net.eval().requires_grad_(False)
+    features = torch.cat([extract(net, part.to(args.device))[0] for part in img.split(500)])
+    moments = Moments(net.dim, features.double().mean(0), args.device)
+    moments.add(features)
+    mu, sigma = moments.result()
+    some = features[:: len(img) // 5000].half().cpu().numpy()    # (5000, dim)
+    os.makedirs(ASSETS, exist_ok=True)
+    save_file({k: v.cpu().contiguous() for k, v in state.items()}, os.path.join(ASSETS, "classifier.safetensors"))
+    np.savez_compressed(os.path.join(ASSETS, "reference.npz"), mu=mu, sigma=sigma.astype(np.float32), n=len(img),
+                        features=some)
+    record = dict(epochs=args.epochs, seed=args.seed, device=args.device, seconds=round(time.time() - start),
+                  n=len(img), n_features=len(some), dim=net.dim,
+                  parameters=sum(p.numel() for p in net.parameters()))
+
+    # What the metric says of real images it was not made from: the floor of every number here.
+    net, reference = load_extractor(SPECS["maskbit-tiny"], args.device)
+    right = [extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
+    record["test_accuracy"] = (torch.cat(right) == test_labels).double().mean().item()
+    test = test.to(args.device)
+    record["test_images"] = evaluate(lambda i, **_: test[i], torch.arange(len(test)), net, reference)
+    with open(os.path.join(ASSETS, "reference.json"), "w") as f:
+        json.dump(record, f, indent=1)
+    print(json.dumps(record, indent=1))
+
+
+def reconstruction(teacher, device, n, batch):
+    """Rows for real images, and for decode(encode(them)) with PSNR: the tokenizer bounds the student (App. D)."""
+    from data.fashion import load_images
+
+    net, reference = load_extractor(teacher.spec, device)
+    for split in ("train", "t10k"):
+        img = torch.from_numpy(load_images(split)[0])
+        img = img[:: max(1, len(img) // n)][:n].to(device)
+        error = torch.zeros((), dtype=torch.float64, device=device)
+
+        def rebuild(i, **_):
+            x = teacher.tokenizer.encode(img[i].float() / 255)
+            back = (decode_tokens(teacher.tokenizer, x) * 255).to(torch.uint8)
+            error.add_((back.double() - img[i]).square().sum())
+            return back
+
+        for model, make in ((f"real {split}", lambda i, **_: img[i]), (f"{split} reconstructed", rebuild)):
+            row = evaluate(make, torch.arange(len(img)), net, reference, batch, desc=model)
+            if make is rebuild:
+                row["psnr"] = 10 * math.log10(255**2 * img.numel() / all_reduce(error).item())
+            yield dict(model=model, kind="real", tokenizer=fingerprint(teacher.tokenizer), **row)
+
+
+# ============================================================================================ command line
+def number(low, high=math.inf, kind=float):
+    """An argparse type: a number in [low, high]."""
+    def parse(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def flags():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = ap.add_argument_group("what to evaluate").add_argument
+    add("--ckpt", nargs="+", default=[], metavar="PATH", help="students: checkpoints of train.py, or bare weights")
+    add("--teacher", metavar="NAME", help=f"one of {', '.join(SPECS)}; bare weights are a student of it, too")
+    add("--steps", nargs="+", metavar="N", type=number(1, 4096, int),
+        help="evaluate the teacher at these numbers of steps (default: 1 2 4 8 16 without --ckpt, none with it)")
+    add("--reconstruction", action="store_true", help="evaluate the tokenizer, on the raw real images")
+    add("--teacher_weights", metavar="PATH", help="local file instead of the published one")
+    add("--tokenizer_weights", metavar="PATH", help="local file instead of the published one")
+    add("--random_weights", action="store_true", help="a teacher without files, to try memory and speed")
+
+    add = ap.add_argument_group("how to sample (default: what the checkpoint says; the teacher's own)").add_argument
+    add("--temperature", nargs="+", type=number(0), metavar="T", help="of a student's softmax, a row each")
+    add("--init_ratio", type=number(0, 1), help="share of masked units in a student's start")
+    add("--noise", type=number(0, 1), help="embedding perturbation of a student's start")
+    add("--guidance", type=number(-100, 1000), help="the teacher's scale s of c + s (c - u); 0 is off")
+    add("--teacher_temperature", type=number(0), help="noise on the confidence that orders the teacher's tokens")
+
+    add = ap.add_argument_group("how to measure").add_argument
+    add("--n", type=number(10, 10**7, int), default=5000, help="images a row (%(default)s)")
+    add("--batch", type=number(1, 10**5, int), default=250, help="images a batch of one process (%(default)s)")
+    add("--seed", type=number(0, 2**32, int), default=0, help="of everything random (%(default)s)")
+    add("--out", default="out/evaluate", help="folder of results.jsonl (appended) and sheet.png (%(default)s)")
+
+    add = ap.add_argument_group("system").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (%(default)s)")
+    add("--bf16", action="store_true", help="networks in bfloat16; decoder and features stay in float32")
+
+    add = ap.add_argument_group("the tiny world's metric").add_argument
+    add("--make_reference", action="store_true", help="train FashionNet; write it and its statistics to assets/")
+    add("--epochs", type=number(1, 1000, int), default=6, help="of that training (%(default)s)")
+    return ap
+
+
+def models(args, device):
+    """One at a time: (teacher, make_images, what a row says of them)."""
+    hashes = lambda t: dict(teacher=t.spec.name, teacher_weights=fingerprint(t.net),
+                            tokenizer=fingerprint(t.tokenizer))
+    name = args.teacher
+    for path in args.ckpt:
+        teacher, net, config = load_student(path, args.teacher, device)
+        name = name or teacher.spec.name
+        start = {k: config.get(k, default) if getattr(args, k) is None else getattr(args, k)
+                 for k, default in (("init_ratio", 0.6), ("noise", 0.1))}
+        for T in args.temperature or [config.get("temperature", 1.0)]:
+            yield (teacher, functools.partial(generate_student, teacher, net, temperature=T, **start), dict(
+                model=f"student {path}", kind="student", weights=fingerprint(net), steps=1, temperature=T, **start,
+                **hashes(teacher)))
+    steps = args.steps or ([] if args.ckpt or args.reconstruction else [1, 2, 4, 8, 16])
+    if steps:
+        teacher = load_teacher(name or "maskbit-tiny", args.teacher_weights, args.tokenizer_weights,
+                               args.random_weights, device)
+    for N in steps:
+        given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
+        own = teacher.spec.sampling_for(N)
+        used = {**own, **{k: v for k, v in given.items() if v is not None}}
+        yield (teacher, functools.partial(generate_teacher, teacher, steps=N, **given), dict(
+            model="teacher", kind="teacher", steps=N, **used, **hashes(teacher)))
+
+
+def main(args):
+    # ------------------------------------------------------------------------------- processes and device
+    if args.device not in ("cuda", "cpu"):
+        raise UserError(f"--device {args.device}: expected cuda or cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+    if args.make_reference:
+        return make_reference(args)
+    device = torch.device(args.device)
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as err:
+        raise UserError(f"--out {args.out}: cannot write there ({err.strerror})")
+
+    # ---------------------------------------------------------------------------------------- a row each
+    rows, pictures = [], []
+    if args.reconstruction:
+        teacher = load_teacher(args.teacher or "maskbit-tiny", args.teacher_weights, args.tokenizer_weights,
+                               args.random_weights, device)
+        rows += reconstruction(teacher, device, args.n, args.batch)
+    for teacher, make_images, facts in models(args, device):
+        extractor, reference = load_extractor(teacher.spec, device)
+        labels = class_labels(args.n, teacher.spec.classes)
+        shown = [f"{k} {facts[k]:g}" for k in ("steps", "temperature", "guidance") if k in facts]
+        caption = ", ".join([facts["model"], *shown])
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            row = evaluate(make_images, labels, extractor, reference, args.batch, args.seed, desc=caption)
+            pictures.append((caption, fixed_sample(make_images, teacher.spec, device, seed=args.seed)))
+        rows.append({**facts, **row})
+    system = dict(dtype="bf16" if args.bf16 else "fp32", pixels="uint8, truncated", labels="each class in turn",
+                  device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                  torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+    if first:
+        with open(os.path.join(args.out, "results.jsonl"), "a") as f:
+            f.writelines(json.dumps({**row, **system}) + "\n" for row in rows)
+        if pictures:
+            sheet(pictures, os.path.join(args.out, "sheet.png"))
+        print(table(rows))
+        for row in rows:
+            if "psnr" in row:
+                print(f"{row['model']}: PSNR {row['psnr']:.2f} dB")
+
+
+if __name__ == "__main__":
+    ap = flags()
+    try:
+        main(ap.parse_args())
+    except UserError as err:
+        ap.exit(2, f"evaluate.py: {err}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,1693 @@
+"""The claims of this repository as proofs: `pytest test_all.py`. CPU, no network, every run the same.
+
+Expected numbers ("golden") were measured on the public implementations of MaskBit and Di[M]O, at small sizes and
+on weights that `seeded` makes from names and shapes alone: so two programs are compared without a download.
+
+    FULL_SIZE=1 pytest test_all.py -k full_size    # MaskBit at its published size too: a minute, 4 GB of memory
+"""
+
+import copy
+import dataclasses
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import types
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import dimo
+import evaluate as ev
+import gan
+import soft_embed as se
+import teachers
+import train
+from data import fashion, imagenet
+from teachers import HERE, SPECS, BitTokenizer, MaskBit, Spec, UserError, load_teacher
+
+
+# ======================================================================== weights and numbers to compare with
+def seeded(shapes, seed=0):
+    """Tensors for {name: shape}: normal noise, its stream seeded by the name, its scale by the role.
+
+    Matrices, tables and kernels get fan-in scaling, gains are around 1, biases around 0.
+    """
+    state = {}
+    for name, shape in shapes.items():
+        stream = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+        t = torch.from_numpy(stream.standard_normal(shape).astype(np.float32))
+        state[name] = t / math.prod(shape[1:]) ** 0.5 if t.ndim > 1 else 0.1 * t + float(name.endswith("weight"))
+    return state
+
+
+def agrees(t, first, abs_sum=None, tol=5e-5):
+    """Assert the first entries of t within tol, and the sum of all absolute values to a millionth."""
+    t = t.detach().double().flatten()
+    error = (t[: len(first)] - torch.tensor(first, dtype=torch.float64)).abs().max()
+    assert error < tol, f"first entries {t[: len(first)].tolist()} are {error:.1e} off"
+    if abs_sum is not None:
+        assert abs(t.abs().sum() / abs_sum - 1) < 1e-6, f"abs sum {t.abs().sum():.9g}, expected {abs_sum}"
+
+
+close = functools.partial(torch.allclose, rtol=0, atol=1e-6)
+
+
+def uniform(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).random_sample(shape))
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def integers(seed, high, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).randint(0, high, shape))
+
+
+# The names and shapes of the published files, as a function of the sizes.
+def linear(name, c_in, c_out):
+    return {f"{name}.weight": [c_out, c_in], f"{name}.bias": [c_out]}
+
+
+def norm(name, c):
+    return {f"{name}.weight": [c], f"{name}.bias": [c]}
+
+
+def conv(name, c_in, c_out, k, bias=True):
+    return {f"{name}.weight": [c_out, c_in, k, k]} | ({f"{name}.bias": [c_out]} if bias else {})
+
+
+def generator_file(bits=14, grid=16, width=1024, depth=24, mlp=4096, classes=1000):
+    n, d = bits // 2, width
+    shapes = {"pos_emb": [1, grid**2 + 1, d], "bits_to_indices": [n], "class_emb.weight": [classes + 1, d]}
+    shapes |= linear("input_proj", bits, d) | norm("first_layer.0", d)
+    for i in range(depth):
+        attn, net = f"transformer.layers.{i}.0", f"transformer.layers.{i}.1"
+        shapes |= {f"{attn}.mha.in_proj_weight": [3 * d, d], f"{attn}.mha.in_proj_bias": [3 * d]}
+        shapes |= linear(f"{attn}.mha.out_proj", d, d) | norm(f"{attn}.norm", d)
+        shapes |= linear(f"{net}.net.0", d, mlp) | linear(f"{net}.net.2", mlp, d) | norm(f"{net}.norm", d)
+    shapes |= linear("last_layer.0", d, d) | norm("last_layer.2", d)
+    return shapes | linear("prediction_layer", d, 2 * 2**n)
+
+
+def tokenizer_file(bits=14, hidden=128, mult=(1, 1, 2, 2, 4)):
+    def res_blocks(name, a, b):
+        shapes = {}
+        for j, (p, q) in enumerate([(a, b), (b, b)]):
+            block = f"{name}.res_blocks.{j}"
+            shapes |= norm(f"{block}.norm1", p) | conv(f"{block}.conv1", p, q, 3, False)
+            shapes |= norm(f"{block}.norm2", q) | conv(f"{block}.conv2", q, q, 3, False)
+            shapes |= conv(f"{block}.nin_shortcut", q, q, 1, False) if p != q else {}
+        return shapes
+
+    w, last = [hidden * m for m in (mult[0], *mult, mult[-1])], len(mult) - 1  # w[i + 1] is level i's width
+    shapes = conv("encoder.conv_in", 3, hidden, 3, False) | conv("decoder.conv_in", bits, w[-1], 3)
+    for i in range(last + 1):
+        shapes |= res_blocks(f"encoder.down.{i}", w[i], w[i + 1])
+        shapes |= res_blocks(f"decoder.up.{i}", w[last + 2 - i], w[last + 1 - i])
+        if i < last:
+            shapes |= conv(f"encoder.down.{i}.down_conv", w[i + 1], w[i + 1], 3)
+            shapes |= conv(f"decoder.up.{i}.upsample_conv", w[last + 1 - i], w[last + 1 - i], 3)
+    shapes |= res_blocks("encoder.mid", w[-1], w[-1]) | res_blocks("decoder.mid", w[-1], w[-1])
+    shapes |= norm("encoder.norm_out", w[-1]) | conv("encoder.conv_out", w[-1], bits, 1)
+    shapes |= norm("decoder.norm_out", hidden) | conv("decoder.conv_out", hidden, 3, 3)
+    return shapes | {"quantize.bits_to_indices": [bits], "quantize.codebook": [2**bits, bits]}
+
+
+@functools.cache
+def small_net():
+    """A MaskBit generator of 8 bits on a 4x4 grid, seeded."""
+    sizes = dict(bits=8, grid=4, width=64, depth=3, mlp=256, classes=10)
+    net = teachers.MaskBit(heads=4, **sizes)
+    return teachers.load_state(net, seeded(generator_file(**sizes)), "seeded").eval().requires_grad_(False)
+
+
+@functools.cache
+def small_tokenizer():
+    """Its tokenizer, 64x64 pixels to 4x4 tokens of 8 bits, seeded."""
+    sizes = dict(bits=8, hidden=64)
+    tok = teachers.BitTokenizer(**sizes)
+    return teachers.load_state(tok, seeded(tokenizer_file(**sizes)), "seeded").eval().requires_grad_(False)
+
+
+SIZES = dict(bits=4, grid=2, width=8, depth=2, mlp=16, classes=3)
+
+
+def mini_net():
+    return teachers.MaskBit(heads=2, **SIZES)
+
+
+def half_masked_tokens():
+    """Tokens and labels of most golden entries; the third sample is unconditional (class 10 of 10)."""
+    x = integers(10, 16, 3, 16, 2).masked_fill(uniform(11, 3, 16, 2) < 0.5, 16)
+    return x, (torch.tensor([3, 7, 10]),)
+
+
+def run_with_hooks(net, e, cond):
+    """(input of the first LayerNorm, [output of each block], logits) of a MaskBit, all L+1 positions."""
+    first, hidden = [], []
+    handles = [net.norm_in.register_forward_pre_hook(lambda m, args: first.append(args[0]))]
+    handles += [b.register_forward_hook(lambda m, args, out: hidden.append(out)) for b in net.blocks]
+    z = net(e, cond)
+    for h in handles:
+        h.remove()
+    return first[0], hidden, z
+
+
+def enumerate_tokens(L, G, V):
+    """All V^(L*G) token arrays, (V^(L*G), L, G)."""
+    return torch.tensor(list(itertools.product(range(V), repeat=L * G))).view(-1, L, G)
+
+
+# ============================================================================================ soft embeddings
+def test_soft_embedding_of_one_hot_logits_is_the_hard_embedding_bit_for_bit():
+    any_table, any_bias = normal(0, 1, 12, 20), normal(1, 20)
+    for E, bias in [(any_table, any_bias), small_net().tables(), small_tokenizer().tables()]:
+        x, V = integers(2, E.shape[1] - 1, 5, 16, len(E)), E.shape[1] - 1
+        z, mask = 1e4 * F.one_hot(x, V).float(), uniform(3, *x.shape) < 0.5
+        assert torch.equal(se.soft_embed(z, E, bias), se.embed_tokens(x, E, bias))
+        assert torch.equal(se.soft_embed(z, E, bias, mask), se.embed_tokens(x.masked_fill(mask, V), E, bias))
+
+
+def test_masked_units_become_the_mask_row_and_pass_no_gradient():
+    E, bias, mask = normal(0, 2, 6, 8), normal(1, 8), uniform(2, 3, 4, 2) < 0.5
+    z = normal(3, 3, 4, 2, 5).requires_grad_()
+    se.soft_embed(z, E, bias, mask).square().sum().backward()
+    assert (z.grad[mask] == 0).all() and (z.grad[~mask].abs().sum(-1) > 0).all()
+    everything = se.soft_embed(z, E, bias, torch.ones_like(mask))
+    assert close(everything, (E[0, -1] + E[1, -1] + bias).expand_as(everything))
+
+
+def test_probabilities_of_the_mask_itself_weigh_its_row():
+    E, p = normal(0, 1, 6, 8), normal(1, 2, 3, 1, 6).softmax(-1)                    # V+1 entries, as MaskGit's
+    assert close(se.embed_probs(p, E), p[:, :, 0] @ E[0])
+
+
+def test_gradient_is_exact_for_linear_f():
+    E, w = normal(0, 2, 4, 5), normal(1, 2, 5)                                      # L = 2, G = 2, V = 3
+    z = normal(2, 1, 2, 2, 3).requires_grad_()
+    x = enumerate_tokens(2, 2, 3)                                                   # (81, 2, 2)
+    p = z.softmax(-1).expand(81, 2, 2, 3).gather(-1, x[..., None]).flatten(1).prod(1)  # (81,) joint
+    truth = (p * (se.embed_tokens(x, E) * w).sum((1, 2))).sum()
+    surrogate = (se.soft_embed(z, E) * w).sum()
+    assert abs(truth - surrogate) < 1e-6
+    assert close(*(torch.autograd.grad(f, z)[0] for f in (truth, surrogate)))
+
+
+def test_eq_5_bias_is_half_the_trace_of_curvature_times_covariance():
+    E, A = normal(0, 1, 17, 6), normal(1, 6, 6)
+    H = A + A.T
+    f = lambda e: 0.5 * (e @ H * e).sum(-1)
+    last = math.inf
+    for sharpness in (1, 3, 9, 27):
+        z = sharpness * normal(2, 1, 1, 1, 16)
+        p, e = z.softmax(-1).flatten(), se.soft_embed(z, E)[0, 0]
+        S = torch.einsum("v,vi,vj->ij", p, E[0, :16] - e, E[0, :16] - e)
+        bias = (p * f(E[0, :16])).sum() - f(e)
+        assert abs(bias - 0.5 * (H @ S).trace()) < 2e-5
+        C = torch.linalg.eigvalsh(H).abs().max()
+        assert abs(bias) <= C / 2 * S.trace() + 1e-5                                # Eq. (5)
+        assert S.trace() < last, "the sharper the logits, the tighter the bound"
+        last = S.trace()
+    assert last < 1e-3
+
+
+def test_two_groups_and_a_flat_vocabulary_agree_where_they_mean_the_same():
+    tok = teachers.BitTokenizer(hidden=32, mult=(1,), blocks=1)                     # 14 bits, two groups of 128
+    E, bias = tok.tables()
+    flat = F.pad(teachers.bits_of(torch.arange(2**14), 14), (0, 0, 0, 1))[None]     # (1, 16384 + 1, 14)
+    z = 2 * normal(0, 2, 3, 2, 128)
+    joint = (z[..., 1, :, None] + z[..., 0, None, :]).flatten(-2)[:, :, None]       # t = g0 + 128 g1
+    assert close(se.soft_embed(z, E, bias), se.soft_embed(joint, flat), atol=5e-6)
+
+
+def test_tau_divides_the_logits():
+    E, z = normal(0, 2, 6, 8), normal(1, 3, 4, 2, 5)
+    assert close(se.soft_embed(z, E, tau=0.25), se.soft_embed(4 * z, E))
+    assert close(se.soft_embed(z, E, tau=1e-4), se.embed_tokens(z.argmax(-1), E))
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    assert close(se.gumbel_embed(z, E, tau=0.25, noise=noise), se.soft_embed(4 * (z + noise), E))
+
+
+def test_soft_embedding_is_float32_under_bf16_autocast():
+    E, z = normal(0, 1, 1025, 8), normal(1, 2, 3, 1, 1024)
+    with torch.autocast("cpu", torch.bfloat16):
+        e = se.soft_embed(z.bfloat16(), E.bfloat16())
+    assert e.dtype == torch.float32
+    assert close(e, se.soft_embed(z.bfloat16().float(), E.bfloat16().float()))
+
+
+def test_gumbel_without_noise_is_the_soft_embedding():
+    E, z, mask = normal(0, 2, 6, 8), normal(1, 3, 4, 2, 5), uniform(2, 3, 4, 2) < 0.5
+    without = se.gumbel_embed(z, E, 0.5, mask, 0.7, torch.zeros_like(z))
+    assert torch.equal(without, se.soft_embed(z, E, 0.5, mask, 0.7))
+
+
+def test_gumbel_noise_makes_argmax_a_draw_from_the_softmax():
+    z = normal(0, 6)
+    noise = se.gumbel_noise((40000, 6), generator=torch.Generator().manual_seed(0))
+    freq = torch.bincount((z + noise).argmax(-1), minlength=6) / 40000
+    assert close(freq, z.softmax(-1), atol=0.01) and noise.isfinite().all()
+    assert abs(noise.mean() - 0.5772) < 0.02 and abs(noise.std() - math.pi / 6**0.5) < 0.02
+
+
+def test_straight_through_is_hard_forward_and_gumbel_backward():
+    E, mask, w = normal(0, 2, 6, 8), uniform(2, 3, 4, 2) < 0.3, normal(4, 3, 4, 8)
+    z, noise = normal(1, 3, 4, 2, 5).requires_grad_(), normal(3, 3, 4, 2, 5)
+    hard = se.straight_through_embed(z, E, 0.5, mask, 0.7, noise)
+    x = (z + noise).argmax(-1).masked_fill(mask, 5)
+    assert close(hard, se.embed_tokens(x, E, 0.5))
+    soft = se.gumbel_embed(z, E, 0.5, mask, 0.7, noise)
+    assert close(*(torch.autograd.grad((e * w).sum(), z)[0] for e in (hard, soft)))
+
+
+def test_reinforce_is_unbiased_over_all_tokens():
+    z, x = normal(0, 1, 2, 2, 3).requires_grad_(), enumerate_tokens(2, 2, 3)
+    many = z.detach().expand(81, 2, 2, 3).clone().requires_grad_()
+    p = z.softmax(-1).expand(81, 2, 2, 3).gather(-1, x[..., None]).flatten(1).prod(1)  # (81,)
+    f = normal(1, 81)                                                               # any function of the tokens
+    truth = torch.autograd.grad((p * f).sum(), z)[0][0]
+    each = 81 * torch.autograd.grad(se.reinforce(many, x, f), many)[0]              # (81, 2, 2, 3): f grad log p
+    assert close((p.detach()[:, None, None, None] * each).sum(0), truth)
+
+
+def test_given_uniforms_decide_the_tokens_by_the_cumulative_rule():
+    z, u = 2 * normal(0, 3, 4, 2, 5), uniform(1, 3, 4, 2)
+    x = se.sample_tokens(z, 0.7, u)
+    steps = (z / 0.7).softmax(-1).double().cumsum(-1)
+    for i in np.ndindex(3, 4, 2):
+        assert x[i] == min(int(np.searchsorted(steps[i].numpy(), u[i].item(), side="right")), 4)
+    almost_one = torch.full((100, 1, 1), 1 - 1e-12, dtype=torch.float64)            # rounded p often sum to less
+    assert se.sample_tokens(normal(2, 100, 1, 1, 50), u=almost_one).max() == 49
+
+
+def test_sampled_frequencies_are_the_softmax_and_temperature_zero_is_argmax():
+    N, z = 5000, normal(0, 1, 1, 1, 7)
+    grid = ((torch.arange(N) + 0.5) / N).view(N, 1, 1)                              # every quantile once
+    for temperature in (1.0, 3.0):
+        x = se.sample_tokens(z.expand(N, 1, 1, 7), temperature, grid)
+        freq = torch.bincount(x.flatten(), minlength=7) / N
+        assert close(freq, (z / temperature).softmax(-1).flatten(), atol=1.5 / N)
+    torch.manual_seed(0)
+    freq = torch.bincount(se.sample_tokens(z.expand(20000, 1, 1, 7)).flatten(), minlength=7) / 20000
+    assert close(freq, z.softmax(-1).flatten(), atol=0.015)                # and with its own uniforms
+    assert torch.equal(se.sample_tokens(z, 0), z.argmax(-1))
+
+
+def test_concentration_of_known_distributions():
+    entropy, top1 = se.concentration(torch.zeros(2, 3, 2, 8))
+    assert abs(entropy - math.log(8)) < 1e-6 and abs(top1 - 1 / 8) < 1e-6
+    entropy, top1 = se.concentration(torch.tensor([0.7, 0.2, 0.1]).log().view(1, 1, 1, 3))
+    assert abs(entropy - 0.801819) < 1e-5 and abs(top1 - 0.7) < 1e-6
+
+
+def test_teacher_fed_soft_tokens_gives_the_golden_logits():
+    z, mask = 3 * normal(12, 3, 16, 2, 16), uniform(13, 3, 16, 2) < 0.5
+    net = small_net()
+    first, _, logits = run_with_hooks(net, se.soft_embed(z, *net.tables(), mask), half_masked_tokens()[1])
+    agrees(first, [0.3112896, -0.1164358, 0.8452866, 0.7128058, 1.536242, 0.2294082], 1053.83687)
+    agrees(logits, [-0.8597666, 0.3805242, -0.8862616, 0.8370671, 1.13025, 0.7418389], 1339.17286)
+
+
+def test_decoder_fed_soft_tokens_gives_the_golden_image():
+    z, tok = 3 * normal(12, 3, 16, 2, 16)[:2], small_tokenizer()
+    img = tok.decode(se.soft_embed(z, *tok.tables()), clamp=False)
+    agrees(img, [-0.1725584, -0.3846125, -0.5363255, -0.6236732, -0.6844736, -0.6414636], 13561.109)
+
+
+# ========================================================================= Di[M]O: masks, starts and guidance
+U = [0.0, 0.01, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9, 0.99, 0.9999]
+MASKED_OF_256 = {  # golden: masked positions of 256 at each of U
+    "linear": [1, 3, 26, 64, 77, 128, 179, 192, 230, 253, 256],
+    "square": [1, 1, 3, 16, 23, 64, 125, 144, 207, 251, 256],
+    "cosine": [256, 256, 253, 237, 228, 181, 116, 98, 40, 4, 1],
+    "arccos": [256, 254, 240, 215, 206, 171, 130, 118, 74, 23, 2],
+}
+
+
+@pytest.mark.parametrize("schedule", MASKED_OF_256)
+def test_schedules_mask_the_golden_number_of_positions(schedule):
+    ratio = dimo.mask_ratio(torch.tensor(U), schedule)
+    exact = {"linear": lambda u: u, "square": lambda u: u * u, "cosine": lambda u: math.cos(u * math.pi / 2),
+             "arccos": lambda u: math.acos(u) / (math.pi / 2)}[schedule]
+    assert close(ratio, torch.tensor([exact(u) for u in U]))
+    mask = dimo.exact_mask(ratio, uniform(0, len(U), 256, 1))
+    assert mask.sum((1, 2)).tolist() == MASKED_OF_256[schedule]
+
+
+def test_mage_ratios_are_a_normal_truncated_to_half_and_one():
+    r = dimo.mask_ratio((torch.arange(20000) + 0.5) / 20000, "mage")                # every quantile once
+    assert (r >= 0.5).all() and (r <= 1).all() and (r.diff() >= 0).all() and r[0] < 0.501 and r[-1] > 0.999
+    pdf = lambda b: math.exp(-b * b / 2) / math.sqrt(2 * math.pi)
+    cdf = lambda b: (1 + math.erf(b / math.sqrt(2))) / 2
+    lo, hi = (0.5 - 0.55) / 0.25, (1 - 0.55) / 0.25
+    assert abs(r.mean() - (0.55 + 0.25 * (pdf(lo) - pdf(hi)) / (cdf(hi) - cdf(lo)))) < 1e-4  # 0.694
+
+
+def test_unknown_schedules_are_named():
+    for f in (dimo.mask_ratio, lambda u, s: dimo.guidance_scale(u, 2.0, schedule=s)):
+        with pytest.raises(ValueError, match="unknown .* schedule 'sine'"):
+            f(torch.rand(2), "sine")
+
+
+@pytest.mark.parametrize("L, counts", [(128, [1, 13, 64, 77, 115, 122, 128]),
+                                       (256, [1, 26, 128, 154, 230, 243, 256]),
+                                       (4096, [1, 410, 2048, 2458, 3686, 3891, 4096])])
+def test_initial_mask_has_the_golden_count(L, counts):
+    for ratio, count in zip([0.0, 0.1, 0.5, 0.6, 0.9, 0.95, 1.0], counts):
+        x = dimo.initial_tokens(integers(1, 9, 3, L, 1), ratio, uniform(2, 3, L, 1), V=9)
+        assert (x == 9).sum((1, 2)).tolist() == [count] * 3
+
+
+def test_mask_counts_round_half_to_even_and_differ_by_sample():
+    assert dimo.exact_mask(0.5, uniform(0, 2, 5, 1)).sum((1, 2)).tolist() == [2, 2]  # 2.5 -> 2
+    assert dimo.exact_mask(0.5, uniform(0, 2, 7, 1)).sum((1, 2)).tolist() == [4, 4]  # 3.5 -> 4
+    ratio = torch.tensor([0.0, 0.25, 1.0])
+    assert dimo.exact_mask(ratio, uniform(0, 3, 4, 2)).sum((1, 2)).tolist() == [1, 2, 8]  # units, not positions
+    assert dimo.exact_mask(ratio, uniform(0, 3, 4, 2), least=0).sum((1, 2)).tolist() == [0, 2, 8]
+
+
+def test_smallest_scores_are_masked_so_that_every_unit_is_equally_likely():
+    scores = uniform(0, 4000, 5, 2)
+    mask = dimo.exact_mask(0.3, scores)
+    assert (scores.masked_fill(~mask, 0).amax((1, 2)) < scores.masked_fill(mask, 1).amin((1, 2))).all()
+    assert close(mask.float().mean(0), torch.full((5, 2), 0.3), atol=0.025)
+    assert (mask[..., 0] != mask[..., 1]).any(), "the groups of one position are masked on their own"
+
+
+def test_initial_tokens_are_the_given_ones_where_not_masked():
+    tokens, scores = integers(0, 9, 3, 16, 2), uniform(1, 3, 16, 2)
+    x = dimo.initial_tokens(tokens, 0.6, scores, V=9)
+    mask = dimo.exact_mask(0.6, scores)
+    assert torch.equal(x[~mask], tokens[~mask]) and (x[mask] == 9).all()
+    assert (x == 9).sum((1, 2)).tolist() == [19] * 3                                # of 32 units, at 0.6
+
+
+def test_perturbation_keeps_the_variance_and_reaches_the_network():
+    e, noise, E = normal(0, 400, 16, 32), normal(1, 400, 16, 32), normal(2, 1, 5, 32)
+    assert abs(dimo.perturb(e, 0.3, noise).var() - 1) < 0.01
+    assert close(dimo.perturb(e, 0.6, noise), 0.6 * noise + 0.8 * e)
+    x, identity = integers(3, 5, 400, 16, 1), lambda e, cond: e
+    assert torch.equal(dimo.student_logits(identity, x, (), E, 1.0), se.embed_tokens(x, E, 1.0))
+    assert close(dimo.student_logits(identity, x, (), E, 1.0, 0.6, noise),
+                          0.6 * noise + 0.8 * se.embed_tokens(x, E, 1.0))
+
+
+class TableNet:
+    """Fixed logits z_c (B, L, G, V), z_u without the condition; remembers the batch sizes it has seen."""
+
+    def __init__(self, z_c, z_u):
+        self.z_c, self.z_u, self.calls = z_c, z_u, []
+
+    def null(self, cond):
+        return (torch.full_like(cond[0], -1),)
+
+    def __call__(self, e, cond):
+        self.calls.append(len(e))
+        rows = torch.arange(len(e)) % len(self.z_c)
+        return torch.where((cond[0] < 0)[:, None, None, None], self.z_u[rows], self.z_c[rows])
+
+
+def test_guidance_extrapolates_from_the_unconditional_logits_in_one_batch():
+    c, u, cond = normal(0, 2, 4, 1, 7), normal(1, 2, 4, 1, 7), (torch.tensor([3, 5]),)
+    net, e = TableNet(c, u), torch.zeros(2, 4, 8)
+    assert torch.equal(dimo.guided_logits(net, e, cond, 1.0), c) and net.calls == [2]  # w = 1 costs one pass
+    assert close(dimo.guided_logits(net, e, cond, 2.0), 2 * c - u) and net.calls == [2, 4]
+    z = dimo.guided_logits(net, e, cond, torch.tensor([0.0, 1.5]))
+    assert close(z[0], u[0]) and close(z[1], 1.5 * c[1] - 0.5 * u[1])
+
+
+def test_guidance_schedules_start_low_and_end_high():
+    r = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    assert dimo.guidance_scale(r, 3.0).tolist() == [3.0] * 4
+    for low, schedule, expected in [(1.0, "linear", [1.0, 1.5, 2.0, 3.0]), (2.0, "linear", [2.0, 2.25, 2.5, 3.0]),
+                                    (1.0, "cosine", [1.0, 2 - 0.5**0.5, 2.0, 3.0])]:
+        assert close(dimo.guidance_scale(r, 3.0, low, schedule), torch.tensor(expected))
+
+
+# ======================================================================================= Di[M]O: the gradient
+def four_logits():
+    """Golden inputs: teacher with and without condition, auxiliary, student, (2, 4, 1, 7) each; mask; targets."""
+    rng = np.random.RandomState(0)
+    z = [torch.from_numpy((2 * rng.standard_normal((2, 4, 1, 7))).astype(np.float32)) for _ in range(4)]
+    mask = torch.from_numpy(rng.uniform(size=(2, 4, 1)) < 0.6)
+    return *z, mask, torch.from_numpy(rng.randint(0, 7, (2, 4, 1)))
+
+
+@pytest.mark.parametrize("beta, first, abs_sum, half_square", [
+    (0.0, [-0.01945913, 0.3668868, 0.001037836, -0.2920607, -0.08509952, 0.005899787], 2.0657158, 0.54736656),
+    (1.0, [-0.01301312, 0.886135, -0.02885032, -0.3401237, -0.3921244, 0.01457721], 2.7841565, 1.2037075),
+    (-0.2, [-0.02074838, 0.2630371, 0.007015467, -0.2824481, -0.02369452, 0.004164279], 2.0444738, 0.5456574),
+])
+def test_guided_loss_gradient_is_the_golden_one(beta, first, abs_sum, half_square):
+    c, u, z_aux, _, mask, _ = four_logits()
+    unguided = TableNet(z_aux, torch.full_like(z_aux, math.nan))                    # the auxiliary is not guided
+    args = TableNet(c, u), unguided, torch.zeros(2, 4, 8), (torch.tensor([0, 1]),), mask
+    g = dimo.dimo_grad(*args, w=2.0, beta=beta)
+    agrees(g / 2, first, abs_sum, tol=1e-6)
+    assert abs(0.5 * g.square().sum() / 2 - half_square) < 1e-6
+    weighted = dimo.dimo_grad(*args, w=2.0, beta=beta, weight=torch.tensor([3.0, 5.0]))
+    assert close(weighted, g * torch.tensor([3.0, 5.0]).view(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.2, 0.5])
+def test_surrogate_gradient_is_the_gradient_of_the_divergence(beta):
+    z_phi, z_psi = (2 * normal(seed, 3, 6, 2, 9).double() for seed in (0, 1))
+    mask, _ = uniform(2, 3, 6, 2) < 0.5, z_psi.requires_grad_()
+    log_q, log_p = z_phi.log_softmax(-1), z_psi.log_softmax(-1)
+    forward, reverse = (log_q.exp() * (log_q - log_p)).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert (forward > 0).all() and (reverse > 0).all()
+    (((1 - beta) * forward + beta * reverse) * mask).sum().backward()               # float64 autograd
+    g = dimo.divergence_grad(z_phi, z_psi.detach(), mask, beta)
+    assert close(g.double(), z_psi.grad, atol=2e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.2, 0.5])
+def test_gradient_vanishes_at_equality_off_the_mask_and_in_sum(beta):
+    z_phi, z_psi, mask = normal(0, 3, 6, 2, 9), normal(1, 3, 6, 2, 9), uniform(2, 3, 6, 2) < 0.5
+    g = dimo.divergence_grad(z_phi, z_psi, mask, beta)
+    assert (g[~mask] == 0).all() and (g[mask].abs().sum(-1) > 0.01).all()
+    assert g.sum(-1).abs().max() < 1e-6, "a shift of the logits changes nothing"
+    same = dimo.divergence_grad(z_phi, z_phi + 3.0, mask, beta)                     # equal up to such a shift
+    assert same.abs().max() < 1e-6
+
+
+def test_gradient_of_bf16_logits_is_computed_in_float32():
+    z_phi, z_psi = normal(0, 2, 3, 1, 9).bfloat16(), normal(1, 2, 3, 1, 9).bfloat16()
+    mask = torch.ones(2, 3, 1).bool()
+    g = dimo.divergence_grad(z_phi, z_psi, mask, -0.2)
+    assert g.dtype == torch.float32
+    assert torch.equal(g, dimo.divergence_grad(z_phi.float(), z_psi.float(), mask, -0.2))
+
+
+def test_descending_the_gradient_lowers_the_divergence():
+    z_phi, z_psi, mask = normal(0, 2, 3, 1, 9), normal(1, 2, 3, 1, 9), torch.ones(2, 3, 1).bool()
+    for beta in (0.0, 1.0, -0.2):
+        z = z_psi.clone()
+        for _ in range(2000):
+            z -= dimo.divergence_grad(z_phi, z, mask, beta)
+        assert close(z.softmax(-1), z_phi.softmax(-1), atol=1e-3), f"beta = {beta} does not arrive"
+
+
+def test_backward_with_g_is_the_squared_error_trick():
+    W, h, g = normal(0, 5, 9).requires_grad_(), normal(1, 2, 3, 1, 5), normal(2, 2, 3, 1, 9)
+    z = h @ W
+    direct = torch.autograd.grad(z, W, g / 2, retain_graph=True)[0]
+    trick = torch.autograd.grad(0.5 * (z - (z - g).detach()).square().sum() / 2, W)[0]
+    assert close(direct, trick, atol=1e-5)
+
+
+def test_no_gradient_reaches_teacher_or_auxiliary():
+    teacher, aux = (nn.Linear(8, 9) for _ in range(2))
+    nets = [lambda e, cond, m=m: m(e)[:, :, None] for m in (teacher, aux)]
+    g = dimo.dimo_grad(*nets, normal(0, 2, 3, 8), (), torch.ones(2, 3, 1).bool())
+    assert not g.requires_grad and g.shape == (2, 3, 1, 9)
+
+
+# ====================================================================================== Di[M]O: the auxiliary
+@pytest.mark.parametrize("alpha, loss, first, abs_sum", [
+    (0.0, 2.1218758, [-0.003803841, 0.2398664, -0.00162385, 0.02193434, -0.2690989, -0.0008281669], 1.2416957),
+    (1.0, 0.24525063, [-0.01899043, 0.03159697, -0.01076135, 0.0004518298, -0.004767571, 7.860296e-05], 0.1936351),
+])
+def test_auxiliary_loss_is_the_golden_one(alpha, loss, first, abs_sum):
+    _, _, z, z_student, mask, x = four_logits()
+    z.requires_grad_(), z_student.requires_grad_()
+    value = dimo.aux_loss(z, x, mask, z_student=z_student, alpha=alpha)
+    value.backward()
+    assert abs(value - loss) < 1e-6 and z_student.grad is None
+    agrees(z.grad, first, abs_sum, tol=1e-6)
+
+
+def test_auxiliary_loss_mixes_its_targets_and_divides_by_a_given_count():
+    _, _, z, z_student, mask, x = four_logits()
+    hard, soft, mixed = (dimo.aux_loss(z, x, mask, z_student=z_student, alpha=a) for a in (0.0, 1.0, 0.25))
+    assert close(mixed, 0.75 * hard + 0.25 * soft)
+    for alpha, loss in ((0.0, hard), (1.0, soft)):                                  # three units are masked
+        assert close(dimo.aux_loss(z, x, mask, count=6, z_student=z_student, alpha=alpha), loss / 2)
+
+
+def test_auxiliary_of_unsmoothed_loss_is_least_at_the_students_distribution():
+    p = normal(0, 7).softmax(-1)
+    x = torch.repeat_interleave(torch.arange(7), (p * 1e4).round().long())[None, :, None]  # in the shares of p
+    z = p.log().expand(1, x.shape[1], 1, 7).clone().requires_grad_()
+    dimo.aux_loss(z, x, torch.ones_like(x).bool(), smoothing=0.0).backward()
+    assert z.grad.sum((0, 1, 2)).abs().max() < 1e-4
+
+
+# =========================================================================== Di[M]O: two whole training steps
+class TinyMaskGit(nn.Module):
+    """A stand-in for MaskGit, its names as published: one table in and out, position biases, a mask logit."""
+
+    def __init__(self, V=32, classes=10, grid=4, width=48, heads=4, mlp=96, depth=2):
+        super().__init__()
+        d, self.V, self.L, self.G, self.classes = width, V, grid**2, 1, classes
+        norm = functools.partial(nn.LayerNorm, d)
+        self.tok_emb = nn.Embedding(V + 1 + classes + 1, d)                         # tokens, mask, classes, null
+        self.pos_emb = nn.Parameter(torch.empty(1, self.L + 1, d))
+        self.bias = nn.Parameter(torch.empty(self.L + 1, V + 1 + classes + 1))
+        self.first_layer = nn.Sequential(norm(1e-12), nn.Identity(), nn.Linear(d, d), nn.GELU(),
+                                         norm(1e-12), nn.Identity(), nn.Linear(d, d))
+        self.last_layer = nn.Sequential(norm(1e-12), nn.Identity(), nn.Linear(d, d), nn.GELU(), norm(1e-12))
+        attn = lambda: {"mha": nn.MultiheadAttention(d, heads, batch_first=True)}
+        net = lambda: {"net": nn.Sequential(nn.Linear(d, mlp), nn.GELU(), nn.Identity(), nn.Linear(mlp, d))}
+        residual = lambda fn: nn.ModuleDict({"norm": norm(), "fn": nn.ModuleDict(fn())})
+        layers = (nn.ModuleList([residual(attn), residual(net)]) for _ in range(depth))
+        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+
+    def tables(self):
+        return self.tok_emb.weight[None, : self.V + 1], 0.0                         # (1, V+1, d)
+
+    def null(self, cond):
+        return (torch.full_like(cond[0], self.classes),)
+
+    def forward(self, e, cond):
+        label = self.tok_emb(self.V + 1 + cond[0])[:, None]
+        h = self.first_layer(torch.cat([e, label], 1) + self.pos_emb)               # (B, L+1, d)
+        for attn, mlp in self.transformer["layers"]:
+            n = attn["norm"](h)
+            h = h + attn["fn"]["mha"](n, n, n, need_weights=False)[0]
+            h = h + mlp["fn"]["net"](mlp["norm"](h))
+        z = self.last_layer(h) @ self.tok_emb.weight.T + self.bias
+        return z[:, : self.L, None, : self.V + 1]                                   # (B, L, 1, V+1)
+
+
+def seeded_maskgit(seed):
+    """The stand-in on seeded weights, with the embedding layer frozen, as the official code has it."""
+    net = TinyMaskGit()
+    net.load_state_dict(seeded({k: list(v.shape) for k, v in net.state_dict().items()}, seed))
+    for p in (net.tok_emb.weight, net.pos_emb, net.bias):
+        p.requires_grad_(False)
+    return net.eval()
+
+
+@functools.cache
+def two_training_steps(beta, B=3):
+    """The official recipe, composed of dimo's functions, all random choices given: student, aux, ema, log."""
+    teacher, student, aux = (seeded_maskgit(seed) for seed in range(3))
+    ema, log, rng = {k: v.clone() for k, v in student.state_dict().items()}, [], np.random.RandomState(0)
+    opt, opt_aux = (torch.optim.Adam(m.parameters(), 1e-3, eps=1e-6) for m in (student, aux))
+
+    def choices():
+        labels, x_init = rng.randint(0, 10, (B,)), rng.randint(0, 33, (B, 16, 1))
+        noise = rng.standard_normal((B, 17, 48)).astype(np.float32)[:, :16]
+        x, mask = rng.randint(0, 33, (B, 16, 1)), rng.uniform(size=(B, 16, 1)) < 0.6
+        return *(torch.from_numpy(a) for a in (labels, x_init, noise, x, mask)),
+
+    embed = lambda net, x: se.embed_tokens(x, *net.tables())
+    for step in range(2):
+        labels, x_init, noise, x, mask = choices()
+        z = dimo.student_logits(student, x_init, (labels,), *student.tables(), 0.1, noise)
+        x_t = x.masked_fill(mask, 32)
+        aux_on_x_t = lambda e, cond: aux(embed(aux, x_t), cond)                     # here its table is its own
+        g = dimo.dimo_grad(teacher, aux_on_x_t, embed(teacher, x_t), (labels,), mask, 2.0, beta)
+        opt.zero_grad(), z.backward(g / B)
+        grad = student.last_layer[4].weight.grad.clone()
+        student_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        opt.step()
+
+        labels, x_init, noise, x, mask = choices()                                  # everything is drawn again
+        loss = dimo.aux_loss(aux(embed(aux, x.masked_fill(mask, 32)), (labels,)), x, mask)
+        opt_aux.zero_grad(), loss.backward()
+        aux_norm = nn.utils.clip_grad_norm_(aux.parameters(), math.inf)
+        opt_aux.step()
+
+        rate = min(0.9999, (1 + step) / (10 + step))
+        for k, v in student.state_dict().items():
+            ema[k].lerp_(v, 1 - rate)
+        log.append((0.5 * g.square().sum() / B, student_norm, loss, aux_norm, grad))
+    return student.state_dict(), aux.state_dict(), ema, log
+
+
+@pytest.mark.parametrize("beta, loss, norms, grads", [
+    (-0.2, (0.47420433, 0.35533658), (20.74114, 17.771184),
+     [([-0.07407922, -0.4134999, 0.1088503, -0.01595422], 6.4698722),
+      ([-0.05430209, -0.6395177, -0.052214, 0.1377407], 6.191268)]),
+    (0.0, (0.5104354, 0.35864231), (21.860379, 18.213448),
+     [([-0.07854707, -0.4319198, 0.142542, -0.01691756], 6.7175602),
+      ([-0.04627868, -0.7026296, -0.04909799, 0.1416506], 6.2604123)]),
+])
+def test_training_steps_have_the_golden_losses_and_gradients(beta, loss, norms, grads):
+    log = two_training_steps(beta)[-1]
+    for step in range(2):
+        half_square, student_norm, aux_loss, aux_norm, grad = log[step]
+        assert half_square.item() == pytest.approx(loss[step], rel=5e-6)
+        assert student_norm.item() == pytest.approx(norms[step], rel=5e-6)
+        assert aux_loss.item() == pytest.approx((4.2303147, 3.8511181)[step], rel=1e-6)
+        assert aux_norm.item() == pytest.approx((7.1805265, 5.0439053)[step], rel=5e-6)
+        agrees(grad, *grads[step], tol=1e-5)
+
+
+AUX_AFTER = [5576.88174, [-0.02610291, 0.04906511, 0.0842131, -0.2704769], 785.50728]  # sees no divergence
+
+
+@pytest.mark.parametrize("beta, student, ema", [
+    (-0.2, [5554.20803, [0.04294834, 0.1343205, 0.1013394, -0.08482286], 804.87903],
+           [5554.18135, [0.0429663, 0.1341298, 0.101259, -0.08474259], 804.88023]),
+    (0.0, [5554.34129, [0.04293081, 0.1343279, 0.1012743, -0.08480835], 804.8785],
+          [5554.30522, [0.04295196, 0.1341359, 0.1012057, -0.08473072], 804.87683]),
+])
+def test_training_steps_leave_the_golden_weights(beta, student, ema):
+    for state, (total, first, abs_sum) in zip(two_training_steps(beta), (student, AUX_AFTER, ema)):
+        assert abs(sum(v.double().abs().sum() for v in state.values()) - total) < 2e-3
+        agrees(state["transformer.layers.0.0.fn.mha.in_proj_weight"], first, abs_sum, tol=5e-6)
+
+
+# ================================================================================= teachers: MaskBit's tokens
+def test_tokens_are_bits_lowest_first_in_two_groups():
+    t = torch.tensor([0, 1, 2, 127, 128, 129, 5461, 8192, 10000, 16383])
+    groups = [[0, 0], [1, 0], [2, 0], [127, 0], [0, 1], [1, 1], [85, 42], [0, 64], [16, 78], [127, 127]]
+    bits = teachers.bits_of(t, 14)
+    assert bits[8].tolist() == [-1, -1, -1, -1, 1, -1, -1, -1, 1, 1, 1, -1, -1, 1]
+    tok = teachers.BitTokenizer(hidden=32, mult=(1,), blocks=1)
+    tok.encoder = nn.Identity()                                                     # an image that is its latent
+    assert tok.encode(0.1 * bits.T.view(1, 14, 1, 10))[0].tolist() == groups
+    assert torch.equal(se.embed_tokens(torch.tensor([groups]), *tok.tables())[0], bits)
+
+
+def test_a_zero_latent_is_a_minus_bit():
+    tok = teachers.BitTokenizer(hidden=32, mult=(1,), blocks=1)
+    tok.encoder = nn.Identity()
+    assert (tok.encode(torch.zeros(1, 14, 2, 2)) == 0).all()
+
+
+def test_a_masked_group_is_zero_and_leaves_the_other_alone():
+    E, bias = teachers.BitTokenizer(hidden=32, mult=(1,), blocks=1).tables()
+    e = se.embed_tokens(torch.tensor([[[128, 5], [5, 128], [128, 128]]]), E, bias)[0]
+    assert e.tolist() == [[0] * 7 + [1, -1, 1, -1, -1, -1, -1], [1, -1, 1, -1, -1, -1, -1] + [0] * 7, [0] * 14]
+    net = small_net()
+    assert torch.equal(se.embed_tokens(torch.full((1, 1, 2), 16), *net.tables())[0, 0], net.input_proj.bias)
+
+
+def test_generator_reads_tokens_through_its_input_layer():
+    x, net = half_masked_tokens()[0], small_net()
+    bits = teachers.bits_of(x, 4) * (x < 16)[..., None]                             # (3, 16, 2, 4)
+    assert bits.sum() == -6 and bits.abs().sum() == 188                             # golden, of generator.bits
+    assert close(se.embed_tokens(x, *net.tables()), net.input_proj(bits.flatten(2)), atol=2e-6)
+
+
+# ============================================================================== teachers: MaskBit's generator
+def test_generator_gives_the_golden_embedding_features_and_logits():
+    x, cond = half_masked_tokens()
+    net = small_net()
+    e = se.embed_tokens(x, *net.tables())
+    first, hidden, z = run_with_hooks(net, e, cond)                                 # L+1 positions, class last
+    agrees(first, [0.2041739, 0.0593009, -0.1778337, 0.05064904, -0.1017807, -0.1957781], 1462.59853)
+    agrees(hidden[0], [1.609295, 0.3136073, -2.033577, -0.2294688, -0.804172, -0.8612922], 2528.26462)
+    agrees(hidden[1], [0.3004954, -0.3590499, -2.578125, -1.140411, 0.07654111, -0.010068], 2646.99346)
+    agrees(hidden[2], [0.9116711, 0.1087366, -3.01099, -1.663104, 0.05276957, -0.4673339], 2569.55283)
+    agrees(z, [-1.884787, -0.2110016, -0.5188801, -1.249709, 1.302471, -1.137711], 1364.17221)
+    assert z.shape == (3, 16, 2, 16)
+    for layers in [(0,), (1,), (0, 2), (0, 1, 2)]:                                  # without the class position
+        features = net(e, cond, layers=layers)
+        assert all(torch.equal(f, hidden[i][:, :16]) for f, i in zip(features, layers, strict=True))
+
+
+def test_generator_gives_the_golden_logits_from_nothing_but_masks():
+    net = small_net()
+    z = net(se.embed_tokens(torch.full((3, 16, 2), 16), *net.tables()), (torch.tensor([3, 7, 0]),))
+    agrees(z, [-1.786882, -0.1671775, 0.1113678, -0.9100456, 1.626079, -2.006689], 1603.0981)
+
+
+def test_features_cost_only_the_layers_up_to_the_last_asked_for():
+    net, calls = small_net(), []
+    parts = enumerate([*net.blocks, net.head])
+    handles = [m.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, m in parts]
+    net(torch.zeros(1, 16, 64), (torch.tensor([0]),), layers=(1,))
+    assert calls == [0, 1]
+    for h in handles:
+        h.remove()
+
+
+def test_null_condition_is_the_last_class_and_writes_nothing():
+    labels = torch.tensor([3, 7, 0])
+    assert small_net().null((labels,))[0].tolist() == [10, 10, 10] and labels.tolist() == [3, 7, 0]
+
+
+def test_frozen_parameters_are_the_embedding_layer():
+    net = teachers.MaskBit(bits=4, grid=2, width=8, depth=1, heads=2, mlp=16, classes=3)
+    frozen = [k for k, p in net.named_parameters() if any(p is q for q in net.frozen())]
+    assert sorted(frozen) == ["class_emb.weight", "input_proj.bias", "input_proj.weight", "pos_emb"]
+
+
+def test_dropout_is_active_in_training_alone_and_can_be_switched_off():
+    net, x = mini_net().set_dropout(0.5), (torch.zeros(1, 4, 8), (torch.tensor([0]),))
+    dropping = [m for m in net.modules() if isinstance(m, (nn.Dropout, teachers.Attention))]
+    assert [getattr(m, "p", None) or m.dropout for m in dropping] == [0.5] * 5
+    still = net.eval()(*x)
+    assert torch.equal(net(*x), still) and not torch.equal(net.train()(*x), net(*x))
+    assert close(net.set_dropout(0.0).train()(*x), still)
+
+
+def test_noise_is_measured_in_the_root_mean_square_of_the_table():
+    teacher = teachers.Teacher(small_net(), None, teachers.SPECS["maskbit-tiny"])
+    E, _ = teacher.net.tables()
+    assert teacher.noise_unit() == pytest.approx(E[:, :16].square().mean().sqrt().item())  # but the mask's row
+    spec = dataclasses.replace(teacher.spec, noise_scale=1.5)                       # or as a spec says itself
+    assert teacher._replace(spec=spec).noise_unit() == 1.5
+
+
+def test_logits_are_float32_under_bf16_autocast():
+    net = small_net()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = net(torch.zeros(1, 16, 64), (torch.tensor([0]),))
+    assert z.dtype == torch.float32
+    assert z.bfloat16().float().ne(z).any(), "they were not rounded on the way"
+
+
+# ============================================================================== teachers: MaskBit's tokenizer
+def test_same_padding_puts_the_odd_pixel_right_and_below():
+    layer, img = teachers.SameConv(2, 3, 3, stride=2), normal(0, 1, 2, 6, 9)
+    padded = F.pad(img, (1, 1, 0, 1))                                               # left, right, above, below
+    assert close(layer(img), F.conv2d(padded, layer.weight, layer.bias, 2))
+
+
+def test_tokenizer_gives_the_golden_latent_tokens_and_reconstruction():
+    img = F.interpolate(uniform(14, 2, 3, 8, 8).float(), scale_factor=8)            # (2, 3, 64, 64)
+    tok = small_tokenizer()
+    agrees(tok.encoder(img), [0.9607242, 0.1037607, -0.3168073, 0.03060886, 0.3128473, -1.208614], 135.664892)
+    x = tok.encode(img)                                                             # (2, 16, 2)
+    assert (x[..., 0] + 16 * x[..., 1]).tolist() == [
+        [43, 137, 12, 169, 5, 72, 138, 139, 135, 13, 139, 159, 40, 205, 129, 207],
+        [41, 162, 74, 170, 35, 137, 10, 11, 160, 8, 76, 170, 168, 107, 11, 139]]
+    out = tok.decode(se.embed_tokens(x, *tok.tables()), clamp=False)
+    agrees(out, [-0.1793668, -0.4257776, -0.2768627, -0.2023513, -0.2577169, -0.09058406], 12694.6894)
+
+
+def test_tokenizer_decodes_the_golden_image_and_clamps_it():
+    t, tok = integers(15, 256, 2, 16), small_tokenizer()
+    x = torch.stack([t % 16, t // 16], -1)
+    img = tok.decode(se.embed_tokens(x, *tok.tables()), clamp=False)
+    agrees(img, [-0.09063487, -0.2989325, -0.2536427, -0.1758197, -0.2095416, -0.174988], 13203.471)
+    assert close(teachers.decode_tokens(tok, x), img.clamp(0, 1))
+    parts = tok.decode(se.embed_tokens(x, *tok.tables()), clamp=False, chunk=1)
+    assert close(parts, img, atol=2e-4), "a batch decoded in parts is the same batch"
+
+
+def test_masked_tokens_are_not_decoded():
+    with pytest.raises(ValueError, match="below V = 16, got 16: unmask"):
+        teachers.decode_tokens(small_tokenizer(), torch.full((1, 16, 2), 16))
+
+
+# ====================================================================================== teachers: the sampler
+def golden_run():
+    trace, net = [], small_net()
+    x = teachers.sample(net, (torch.tensor([1, 5, 2]),), 8, guidance=7.1, temperature=7.8, trace=trace,
+                        draws=lambda i: (uniform(1000 + i, 3, 16, 2), uniform(2000 + i, 3, 16, 2)))
+    return x, torch.stack(trace)                                                    # (8, 3, 16, 2)
+
+
+def test_sampler_draws_the_golden_tokens():
+    x, trace = golden_run()
+    assert (trace == 16).sum((2, 3)).T.tolist() == [[32, 29, 26, 24, 21, 18, 14, 10]] * 3
+    assert trace[3, 0].flatten().tolist() == [16, 16, 4, 8, 16, 16, 4, 16, 16, 16, 16, 16, 16, 16, 16, 2,
+                                              16, 16, 5, 8, 16, 16, 16, 16, 4, 16, 16, 8, 16, 16, 16, 16]
+    assert trace[7, 0].flatten().tolist() == [16, 2, 4, 8, 4, 12, 4, 5, 12, 13, 16, 16, 16, 16, 16, 2,
+                                              10, 16, 5, 8, 16, 8, 7, 13, 4, 11, 5, 8, 16, 14, 16, 14]
+    assert (x[..., 0] + 16 * x[..., 1]).tolist() == [
+        [42, 132, 196, 84, 220, 93, 138, 42, 10, 133, 138, 215, 180, 133, 232, 238],
+        [138, 36, 234, 43, 182, 212, 217, 232, 139, 132, 228, 234, 251, 142, 140, 204],
+        [76, 248, 134, 196, 133, 235, 232, 252, 232, 232, 107, 232, 198, 107, 127, 228]]
+    tok = small_tokenizer()
+    img = tok.decode(se.embed_tokens(x, *tok.tables()), clamp=False)
+    agrees(img, [-0.1283947, -0.2535913, -0.36886, -0.4228836, -0.4629348, -0.4474446], 19274.2005)
+
+
+def test_sampler_never_changes_a_known_token():
+    x, trace = golden_run()
+    for before, after in zip(trace, [*trace[1:], x]):
+        assert torch.equal(before[before < 16], after[before < 16])
+    assert (x < 16).all()
+
+
+class Coin:
+    """A full-size grid of coins, V = 2: conditional logits (1, 0), unconditional (0, 0)."""
+
+    V, G, L = 2, 2, 256
+
+    def __init__(self):
+        self.batches = []
+
+    def tables(self):
+        return torch.zeros(2, 3, 1), torch.zeros(1)
+
+    def null(self, cond):
+        return (torch.ones_like(cond[0]),)
+
+    def __call__(self, e, cond):
+        self.batches.append(len(e))
+        return torch.tensor([1.0, 0.0]) * (cond[0] == 0).float().view(-1, 1, 1, 1).expand(-1, 256, 2, 1)
+
+
+def watch_logits(monkeypatch):
+    """A list that receives the first guided logit of every step of the sampler: 1 + s for the coin."""
+    seen, draw = [], teachers.sample_tokens
+
+    def watching(z, *rest):
+        seen.append(z.flatten()[0].item())
+        return draw(z, *rest)
+
+    monkeypatch.setattr(teachers, "sample_tokens", watching)
+    return seen
+
+
+@pytest.mark.parametrize("steps, masked, guidance", [
+    (64, ([512, 471, 429, 386, 341, 291, 235, 164], 21071),
+     ([0.0, 6.686449e-05, 0.004276153, 0.04860625, 0.2702278, 0.9939912, 2.687421, 5.356347], 99.6918643)),
+    (128, ([512, 471, 429, 386, 341, 291, 235, 164], 41904),
+     ([0.0, 6.686449e-05, 0.004276153, 0.04860625, 0.2702278, 0.9939912, 2.687421, 5.356347], 202.933709)),
+    (256, ([512, 471, 429, 386, 341, 291, 235, 164], 83562),
+     ([0.0, 5.46217e-05, 0.003493196, 0.03970652, 0.2207494, 0.8119929, 2.195358, 4.375607], 334.453678)),
+])
+def test_published_sampling_has_the_golden_schedules(steps, masked, guidance, monkeypatch):
+    logits, trace = watch_logits(monkeypatch), []
+    rng, settings = np.random.RandomState(0), teachers.SPECS["maskbit"].sampling_for(steps)
+    teachers.sample(Coin(), (torch.tensor([0]),), steps, **settings, trace=trace,
+                    draws=lambda i: torch.from_numpy(rng.random_sample((2, 1, 256, 2))))
+    counts, scale = [(x == 2).sum().item() for x in trace], torch.tensor(logits) - 1
+    assert (counts[:: steps // 8], sum(counts)) == masked
+    assert close(scale[:: steps // 8], torch.tensor(guidance[0]), atol=2e-6)
+    assert scale.sum().item() == pytest.approx(guidance[1], rel=1e-5)
+
+
+def test_published_settings_are_those_of_the_readme_and_the_nearest_is_taken():
+    spec = teachers.SPECS["maskbit"]
+    assert spec.sampling == {64: dict(guidance=7.1, temperature=7.8), 128: dict(guidance=7.1, temperature=9.0),
+                             256: dict(guidance=5.8, temperature=10.3)}
+    assert [spec.sampling_for(n)["temperature"] for n in (1, 70, 100, 250, 999)] == [7.8, 7.8, 9.0, 10.3, 10.3]
+
+
+def test_guidance_may_be_constant_or_linear_or_off(monkeypatch):
+    logits, net = watch_logits(monkeypatch), Coin()
+    for kwargs, expected, batch in [(dict(guidance=3.0, annealing="none"), [4, 4, 4, 4], 2),
+                                    (dict(guidance=4.0, annealing="linear"), [1, 2, 3, 4], 2),
+                                    (dict(guidance=0.0), [1, 1, 1, 1], 1)]:
+        logits.clear(), net.batches.clear()
+        teachers.sample(net, (torch.tensor([0]),), 4, **kwargs)
+        assert logits == expected and net.batches == [batch] * 4
+
+
+def test_sampling_ratios_are_the_golden_ones():
+    golden = {"arccos": [0.839139, 0.666667, 0.460107, 1e-06], "cosine": [0.92388, 0.707107, 0.382683, 1e-06],
+              "linear": [0.75, 0.5, 0.25, 1e-06], "square": [0.9375, 0.75, 0.4375, 1e-06],
+              "root": [0.5, 0.292893, 0.133975, 1e-06]}
+    for schedule, expected in golden.items():
+        ratios = [teachers.sampling_ratio(q, schedule) for q in (0.25, 0.5, 0.75, 1.0)]
+        assert ratios == pytest.approx(expected, rel=1e-9, abs=6e-7)
+
+
+# ============================================================================= teachers: how they are trained
+class Recorder:
+    """A net for mdm_loss: gives the logits z, embeds a group's mask as 1, other tokens as 0, keeps its input."""
+
+    V, classes = 16, 10
+
+    def __init__(self, z):
+        self.z = z
+
+    def tables(self):
+        E = torch.zeros(2, 17, 2)
+        E[0, 16, 0] = E[1, 16, 1] = 1
+        return E, torch.zeros(2)
+
+    def __call__(self, e, cond):
+        self.masked, self.labels = e > 0, cond[0]
+        return self.z
+
+
+def test_mdm_loss_is_the_golden_one(monkeypatch):
+    net, x, mask = Recorder(normal(16, 3, 16, 2, 16)), integers(10, 16, 3, 16, 2), uniform(11, 3, 16, 2) < 0.5
+    drawn = iter([torch.full((3,), 0.5), 1.0 - mask.float(), torch.ones(3)])        # ratio, units, label dropping
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: next(drawn))
+    loss, log = teachers.mdm_loss(net, x, torch.tensor([1, 2, 3]))
+    assert loss.item() == pytest.approx(3.2203765, abs=2e-6)
+    assert log["masked"].item() == pytest.approx(3.1023631, abs=2e-6)
+    assert torch.equal(net.masked, mask) and net.labels.tolist() == [1, 2, 3]
+
+
+def test_mdm_training_masks_units_independently_at_one_ratio_an_image():
+    torch.manual_seed(0)
+    net = Recorder(torch.zeros(4000, 16, 2, 16))
+    teachers.mdm_loss(net, torch.zeros(4000, 16, 2, dtype=torch.long), torch.zeros(4000, dtype=torch.long))
+    m = net.masked.float()
+    assert abs(m.mean() - 2 / math.pi) < 0.01                                       # E r, r = arccos(u) 2/pi
+    assert abs((m[..., 0] * m[..., 1]).mean() - 4 * (math.pi - 2) / math.pi**2) < 0.01  # E r^2: both groups
+    assert abs((m[:, 0] * m[:, 9]).mean() - 4 * (math.pi - 2) / math.pi**2) < 0.015  # and two positions
+    assert set(net.labels.tolist()) == {0, 10} and abs((net.labels == 10).float().mean() - 0.1) < 0.015
+
+
+def test_tokenizer_loss_knows_the_entropies_over_all_joint_codes():
+    tok = teachers.BitTokenizer(channels=4, hidden=4, mult=(1,), blocks=1, bits=4, norm_groups=1)
+    tok.encoder, tok.decoder, img = nn.Identity(), nn.Identity(), 0.3 * normal(0, 3, 4, 5, 5)
+    log = teachers.tokenizer_loss(tok, img)[1]
+    z = img.permute(0, 2, 3, 1).reshape(-1, 1, 4)                                   # (75, 1, 4)
+    codes = torch.sigmoid(4 * z * teachers.bits_of(torch.arange(16), 4)).prod(-1)   # (75, 16), all 2^4 enumerated
+    entropy = lambda p: -(p * p.log()).sum(-1)
+    assert log["sure"].item() == pytest.approx(entropy(codes).mean().item(), abs=1e-4)
+    assert log["used"].item() == pytest.approx(entropy(codes.mean(0)).item(), abs=1e-4)
+
+
+# ========================================================================= teachers: published files, loading
+def fingerprint(shapes):
+    return hashlib.sha256("\n".join(sorted(f"{k} {list(s)}" for k, s in shapes.items())).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("make, file, count, digest, parameters", [
+    (teachers.MaskBit, generator_file, 301,
+     "1eeed3f0dcfef5574a3a85d21d46677c225546c88f96f55821276d353b8c2d48", {"": 304_929_024}),
+    (teachers.BitTokenizer, tokenizer_file, 177,
+     "e4f39a5bb2de414bf1017f5331331a8906af42181e96e5c0446e153f18f57dc1",
+     {"": 54_489_489, "encoder": 25_126_286, "decoder": 29_363_203}),
+])
+def test_published_sizes_have_exactly_the_published_tensors(make, file, count, digest, parameters):
+    shapes = file()
+    assert len(shapes) == count and fingerprint(shapes) == digest                   # the files' true key list
+    with torch.device("meta"):
+        module = make()
+        state = teachers.published_state({k: torch.empty(s) for k, s in shapes.items()}, module)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in module.state_dict().items()}
+    for part, number in parameters.items():
+        assert sum(p.numel() for p in module.get_submodule(part).parameters()) == number
+
+
+def test_aliases_prefixes_wrappers_and_extras_load_to_the_same_weights():
+    file = seeded(generator_file(**SIZES))
+    file["bits_to_indices"] = torch.tensor([1, 2], dtype=torch.int32)
+    without_extra = {k: v for k, v in file.items() if k != "bits_to_indices"}
+    plain = teachers.load_state(mini_net(), file, "plain").state_dict()
+    assert torch.equal(plain["blocks.1.attn.qkv.weight"], file["transformer.layers.1.0.mha.in_proj_weight"])
+    assert torch.equal(plain["blocks.0.mlp.2.bias"], file["transformer.layers.0.1.net.2.bias"])
+    for variant in (without_extra, plain, {"state_dict": file}, {"model_state_dict": file, "step": 7},
+                    {k.replace("input_proj.", "token_emb."): v for k, v in file.items()},
+                    {f"module.{k}": v for k, v in file.items()}, {f"_orig_mod.{k}": v for k, v in file.items()},
+                    {f"module._orig_mod.{k.replace('input_proj.', 'token_emb.')}": v for k, v in file.items()}):
+        state = teachers.load_state(mini_net(), variant, "variant").state_dict()
+        assert all(torch.equal(state[k], v) for k, v in plain.items())
+
+
+def test_half_precision_files_load_into_float32():
+    file = seeded(generator_file(**SIZES))
+    for dtype in (torch.float16, torch.bfloat16):
+        state = teachers.load_state(mini_net(), {k: v.to(dtype) for k, v in file.items()}, "half").state_dict()
+        assert state["pos_emb"].dtype == torch.float32
+        assert torch.equal(state["pos_emb"], file["pos_emb"].to(dtype).float())
+
+
+def test_a_file_that_does_not_fit_is_refused_by_name():
+    file = seeded(generator_file(**SIZES))
+    file["class.weight"] = file.pop("class_emb.weight")
+    file["pos_emb"] = file["pos_emb"][:, :3]
+    net = mini_net()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(teachers.UserError) as err:
+        teachers.load_state(net, file, "some.bin")
+    for words in ("some.bin does not fit MaskBit", "missing class_emb.weight", "unexpected class.weight",
+                  "pos_emb (1, 3, 8) instead of (1, 5, 8)"):
+        assert words in str(err.value)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "nothing is half loaded"
+    with pytest.raises(teachers.UserError, match="and 9 more"):
+        teachers.load_state(net, {f"x{i}": torch.zeros(1) for i in range(13)} | net.state_dict(), "long.bin")
+    with pytest.raises(teachers.UserError, match="expected a dict of tensors, got list"):
+        teachers.load_state(net, [1, 2], "list.bin")
+
+
+def test_unreadable_files_are_refused_with_a_sentence(tmp_path):
+    from safetensors.torch import save_file
+
+    file = seeded(generator_file(**SIZES))
+    torch.save(file, tmp_path / "a.bin"), save_file(file, tmp_path / "a.safetensors")
+    for name in ("a.bin", "a.safetensors"):
+        whole = (tmp_path / name).read_bytes()
+        state = teachers.read_weights(str(tmp_path / name))
+        assert all(torch.equal(state[k], v) for k, v in file.items())
+        for size in (0, 100, len(whole) // 2, len(whole) - 50):
+            (tmp_path / f"cut_{name}").write_bytes(whole[:size])
+            with pytest.raises(teachers.UserError, match=f"cannot read .*cut_{name}"):
+                teachers.read_weights(str(tmp_path / f"cut_{name}"))
+    with pytest.raises(teachers.UserError, match="no weights at .*nowhere.bin"):
+        teachers.read_weights(str(tmp_path / "nowhere.bin"))
+
+
+class Payload:
+    """What an attacker would put into a pickle."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
+    torch.save({"pos_emb": torch.zeros(2), "x": Payload(str(tmp_path / "ran"))}, tmp_path / "evil.bin")
+    with pytest.raises(teachers.UserError, match="cannot read .*evil.bin"):
+        teachers.read_weights(str(tmp_path / "evil.bin"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_network_the_message_names_repository_file_and_flag(monkeypatch):
+    def no_network(repo, name, **_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=no_network))
+    for role, flag in (("net", "--teacher_weights"), ("tokenizer", "--tokenizer_weights")):
+        repo, name = teachers.SPECS["maskbit"].files[role]
+        with pytest.raises(teachers.UserError) as err:
+            teachers.fetch(repo, name, flag)
+        assert all(word in str(err.value) for word in (repo, name, flag, "ConnectionError", "--random_weights"))
+    assert repo == "markweber/maskbit_tokenizer_14bit" and name == "maskbit_tokenizer_14bit.bin"
+
+
+def test_a_teacher_is_frozen_and_with_random_weights_needs_no_file():
+    teacher = teachers.load_teacher("maskbit-tiny", random_weights=True)
+    assert not any(p.requires_grad for m in teacher[:2] for p in m.parameters())
+    assert not teacher.net.training and not teacher.tokenizer.training
+    x = teachers.sample(teacher.net, (torch.tensor([1, 9]),), 4, **teacher.spec.sampling_for(4))
+    assert teachers.decode_tokens(teacher.tokenizer, x).shape == (2, *teacher.spec.image)
+    with pytest.raises(teachers.UserError, match="unknown teacher 'maskgoat': expected one of maskbit,"):
+        teachers.load_teacher("maskgoat")
+
+
+def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a = teachers.load_teacher("maskbit-tiny", random_weights=True)
+    assert torch.equal(torch.rand(3), expected)
+    b = teachers.load_teacher("maskbit-tiny", random_weights=True)
+    for m, n in zip(a[:2], b[:2]):
+        assert all(torch.equal(v, w) for v, w in zip(m.parameters(), n.parameters(), strict=True))
+
+
+def test_teacher_files_given_by_path_are_the_ones_loaded(tmp_path):
+    spec, paths = teachers.SPECS["maskbit-tiny"], [str(tmp_path / f) for f in ("net.bin", "tokenizer.bin")]
+    modules = teachers.MaskBit(**spec.net), teachers.BitTokenizer(**spec.tokenizer)
+    for m, path in zip(modules, paths):
+        torch.save(m.state_dict(), path)
+    for m, n in zip(modules, teachers.load_teacher("maskbit-tiny", *paths)[:2]):
+        assert all(torch.equal(v, w) for v, w in zip(m.parameters(), n.parameters(), strict=True))
+    with pytest.raises(teachers.UserError, match="net.bin does not fit BitTokenizer"):
+        teachers.load_teacher("maskbit-tiny", paths[0], paths[0])
+
+
+def test_a_student_checkpoint_brings_its_teacher_and_its_ema_weights(tmp_path):
+    student, ema = (teachers.MaskBit(**teachers.SPECS["maskbit-tiny"].net).state_dict() for _ in range(2))
+    config = {"teacher": "maskbit-tiny", "random_weights": True}
+    torch.save({"config": config, "student": student, "ema": ema}, tmp_path / "ckpt.pt")
+    teacher, net, loaded = teachers.load_student(str(tmp_path / "ckpt.pt"))
+    assert loaded == config and teacher.spec.name == "maskbit-tiny" and not net.training
+    assert all(torch.equal(v, ema[k]) for k, v in net.state_dict().items())
+    torch.save(ema, tmp_path / "bare.bin")
+    with pytest.raises(teachers.UserError, match="bare.bin is a bare state dict.*--teacher NAME"):
+        teachers.load_student(str(tmp_path / "bare.bin"))
+
+
+@pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="a minute and 4 GB of memory: set FULL_SIZE=1")
+def test_full_size_maskbit_gives_the_golden_numbers():
+    net = teachers.load_state(teachers.MaskBit(), seeded(generator_file()), "seeded").eval()
+    x = integers(20, 128, 2, 256, 2).masked_fill(uniform(21, 2, 256, 2) < 0.5, 128)
+    tok = teachers.load_state(teachers.BitTokenizer(), seeded(tokenizer_file()), "seeded").eval()
+    t, img = integers(22, 2**14, 1, 256), F.interpolate(uniform(23, 1, 3, 16, 16).float(), scale_factor=16)
+    with torch.no_grad():
+        z = net(se.embed_tokens(x, *net.tables()), (torch.tensor([207, 1000]),))
+        out = tok.decode(se.embed_tokens(torch.stack([t % 128, t // 128], -1), *tok.tables()), clamp=False)
+        latent = tok.encoder(img)
+    agrees(z, [0.01411667, 0.09739441, -1.184911, 1.158718, 0.2430829, -1.178903], 105622.891)
+    agrees(out, [-0.1405859, -0.003939517, -0.009886682, -0.1175381, -0.193871, -0.1649193], 103770.847)
+    agrees(latent, [0.09320036, 0.4105314, 0.1292425, -0.364826, 0.2273682, 0.3171203], 1785.9486)
+
+
+# ================================================================================================= gan.py
+NANO = Spec("nano", image=(1, 8, 8), sampling={4: dict(guidance=1.0, temperature=1.0)},
+            net=dict(bits=6, grid=4, width=32, depth=3, heads=2, mlp=64, classes=3),
+            tokenizer=dict(channels=1, hidden=8, mult=(1, 2), blocks=1, bits=6, norm_groups=4))
+
+
+def nano_gan(B=4):
+    """A frozen nano teacher, a discriminator, logits, condition and tables, all seeded."""
+    torch.manual_seed(0)
+    net = MaskBit(**NANO.net).eval().requires_grad_(False)
+    disc = gan.Discriminator(32, gan.head_layers(3, 2), width=16, mlp=16, grid=4)
+    return net, disc, torch.randn(B, 16, 2, 8), (torch.arange(B) % 3,), *net.tables()
+
+
+def test_gan_gradient_is_autograd_of_equation_8_and_reaches_the_student_alone():
+    net, disc, z, cond, E, bias = nano_gan()
+    mask = torch.rand(4, 16, 2) < 0.5
+    g, loss = gan.gan_grad(z, disc, net, cond, mask, E, bias)
+    z64 = z.double().requires_grad_()                       # the same by hand, in float64, without the functions of gan.py
+    p = z64.softmax(-1)
+    e = sum(torch.where(mask[:, :, k, None], E[k, -1].double(), p[:, :, k] @ E[k, :-1].double()) for k in range(2)) + bias
+    d = copy.deepcopy(disc).double()(copy.deepcopy(net).double()(e, cond, disc.layers))
+    true = -torch.sigmoid(d).log().mean()
+    true.backward()
+    assert abs(loss - true) < 1e-6 and (g - z64.grad).abs().max() < 1e-6 * max(1, z64.grad.abs().max())
+    assert g.abs().sum() > 0 and all(p.grad is None for p in (*net.parameters(), *disc.parameters()))
+    assert (g[mask] == 0).all() and (g[~mask].abs().sum(-1) > 0).all()      # masked units hide their logits
+
+
+def test_discriminator_step_trains_the_heads_alone_and_masks_real_and_fake_alike():
+    net, disc, z, cond, E, bias = nano_gan()
+    x = torch.randint(8, (4, 16, 2))
+    z = (F.one_hot(x, 8) * 1e4).float().requires_grad_()                    # one-hot fakes that equal the real tokens
+    for share in (0.0, 0.4, 1.0):
+        d_real, d_fake = gan.disc_logits(z, x, disc, net, cond, torch.rand(4, 16, 2) < share, E, bias)
+        assert torch.allclose(d_real, d_fake, atol=1e-6)                    # same masks, so D cannot tell them apart
+    gan.disc_loss(d_real, d_fake).backward()
+    assert z.grad is None and all(p.grad is None for p in net.parameters())
+    assert all(p.grad is not None for p in disc.parameters())
+
+
+def test_gan_losses_are_equations_7_and_8():
+    d_real, d_fake = torch.tensor([0.3, -1.2, 4.0]), torch.tensor([-0.7, 2.0, 0.1])
+    D = torch.sigmoid
+    assert torch.allclose(gan.disc_loss(d_real, d_fake), -D(d_real).log().mean() - (1 - D(d_fake)).log().mean())
+    assert torch.allclose(gan.gen_loss(d_fake), -D(d_fake).log().mean())
+
+
+def test_gan_mask_ratio_zero_masks_nothing():
+    scores = torch.rand(2, 16, 2)
+    assert dimo.exact_mask(0.0, scores, least=0).sum() == 0 and dimo.exact_mask(0.95, scores, least=0).sum() == 2 * 30
+
+
+def test_discriminator_has_the_size_of_table_5():
+    with torch.device("meta"):
+        disc = gan.Discriminator(1024, gan.head_layers(24, 4), 1024, 2048, 16)
+    assert abs(train.count(disc) / 85e6 - 1) < 0.1 and disc.layers == (5, 11, 17, 23)
+    row = gan.Head(8, 8, grid=None)                                         # 1-D tokens: convolutions in one dimension
+    assert isinstance(row.net[0], torch.nn.Conv1d) and row(torch.randn(2, 12, 8)).shape == (2, 8)
+
+
+# ================================================================================================== data/
+# Real tokens: written once by the scripts of data/, killed at any moment, read back by train.py as memory maps.
+def load(path):
+    """(tokens, labels, meta) through train.py's own reader."""
+    meta = None if str(path).endswith(".npz") else json.loads((path / "meta.json").read_text())
+    return *train.load_tokens(str(path), types.SimpleNamespace(L=64, G=2, V=32)), meta
+
+
+def make_photos(folder, per_class=5, side=28):
+    """10 class folders of small random pictures, the first of class 0 unreadable."""
+    rng = np.random.default_rng(0)
+    for i in range(10 * per_class):
+        os.makedirs(folder / str(i % 10), exist_ok=True)
+        photo = Image.fromarray(rng.integers(0, 256, (side, side + i % 3), dtype=np.uint8))
+        photo.save(folder / str(i % 10) / f"{i:02d}.png")
+    (folder / "0" / "00.png").write_bytes(b"not a picture")
+    return str(folder)
+
+
+def imagenet_args(folder, out, *more):
+    return imagenet.parser().parse_args([folder, "--teacher", "maskbit-tiny", "--random_weights", "--out", str(out),
+                                         "--workers", "2", "--batch", "8", "--device", "cpu", *more])
+
+
+def write_idx(path, array):
+    with gzip.open(path, "wb") as f:
+        f.write(struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(">" + "I" * array.ndim, *array.shape) + array.tobytes())
+
+
+def make_raw(folder, n=20):
+    """Fashion-MNIST's two training files in small, the way they are published."""
+    rng = np.random.default_rng(0)
+    write_idx(folder / "train-images-idx3-ubyte.gz", rng.integers(0, 256, (n, 28, 28), dtype=np.uint8))
+    write_idx(folder / "train-labels-idx1-ubyte.gz", (np.arange(n) % 10).astype(np.uint8))
+    return str(folder)
+
+
+def test_fashion_folder_and_packed_file_hold_the_tokenizers_own_tokens(tmp_path, monkeypatch):
+    monkeypatch.setitem(fashion.COUNT, "train", 20)
+    raw, torch_file = make_raw(tmp_path), str(tmp_path / "tokenizer.pt")
+    tokenizer = BitTokenizer(**SPECS["maskbit-tiny"].tokenizer).eval()
+    torch.save(tokenizer.state_dict(), torch_file)
+    args = dict(raw=raw, tokenizer_weights=torch_file, out=str(tmp_path / "t"))
+    fashion.main(types.SimpleNamespace(**args, pack=None))
+    fashion.main(types.SimpleNamespace(**args, pack=str(tmp_path / "t.npz")))
+    (x, y, meta), (x_packed, y_packed, _) = load(tmp_path / "t"), load(tmp_path / "t.npz")
+    assert x.dtype == np.uint8 and x.shape == (20, 64, 2) and isinstance(x, np.memmap)
+    assert json.loads(str(np.load(tmp_path / "t.npz")["meta"])) == meta and meta["complete"]
+    assert np.array_equal(x, x_packed) and np.array_equal(y, y_packed) and list(y) == [i % 10 for i in range(20)]
+    img = torch.from_numpy(fashion.load_images("train", raw)[0]).float() / 255
+    assert np.array_equal(x, tokenizer.encode(img).numpy()) and not img[:, :, :2].any()      # padded, never flipped
+
+
+def test_fashion_files_that_are_short_or_of_another_set_are_refused(tmp_path):
+    raw = make_raw(tmp_path)
+    with pytest.raises(UserError, match="expected 60000 images"):
+        fashion.load_images("train", raw)
+    whole = (tmp_path / "train-images-idx3-ubyte.gz").read_bytes()
+    for broken in (whole[:3000], whole[:3000] + bytes(100) + whole[3100:], b"", b"\x1f\x8b"):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(broken)
+        with pytest.raises(UserError, match="--raw"):
+            fashion.load_images("train", raw)
+    with pytest.raises(UserError, match="--raw"):
+        fashion.load_images("train", str(tmp_path / "nowhere"))
+
+
+def test_encoding_interrupted_anywhere_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    folder = make_photos(tmp_path / "photos")
+    monkeypatch.setattr(imagenet, "SAVE_EVERY", -1)
+    imagenet.main(imagenet_args(folder, tmp_path / "a", "--crops", "1"))
+    encode, calls = BitTokenizer.encode, []
+
+    def dies_now_and_then(self, img):
+        calls.append(len(img))
+        if len(img) > 1 and len(calls) % 5 == 4:
+            raise KeyboardInterrupt
+        return encode(self, img)
+
+    monkeypatch.setattr(BitTokenizer, "encode", dies_now_and_then)
+    for _ in range(20):
+        try:
+            imagenet.main(imagenet_args(folder, tmp_path / "b", "--crops", "1"))
+        except KeyboardInterrupt:
+            if (tmp_path / "b" / "meta.json").exists():
+                with pytest.raises(UserError, match="unfinished"):
+                    load(tmp_path / "b")
+    for name in ("tokens.npy", "labels.npy", "meta.json", "skipped.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_unreadable_images_are_named_and_leave_no_rows(tmp_path):
+    folder = make_photos(tmp_path / "photos")
+    imagenet.main(imagenet_args(folder, tmp_path / "a", "--flip"))
+    x, y, meta = load(tmp_path / "a")
+    assert (tmp_path / "a" / "skipped.txt").read_text().startswith("0/00.png\tUnidentifiedImageError")
+    assert meta["skipped"] == 1 and x.shape == (98, 64, 2) and list(y[:10]) == [0] * 8 + [1] * 2
+    tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)                 # other weights: other hash
+    assert meta["tokenizer"] != fashion.describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
+    torch.manual_seed(0)
+    tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)
+    views = imagenet.variants(os.path.join(folder, "9/49.png"), 49, (1, 32, 32), flip=True, crops=0, seed=0)
+    assert np.array_equal(views[0][:, :, ::-1], views[1])
+    assert np.array_equal(x[-2:], tokenizer.encode(torch.from_numpy(views.copy()).float() / 255).numpy())
+
+
+def test_going_on_with_other_arguments_is_refused_by_name(tmp_path):
+    folder = make_photos(tmp_path / "photos", per_class=1)
+    (tmp_path / "photos" / "0" / "more.png").write_bytes((tmp_path / "photos" / "1" / "01.png").read_bytes())
+    imagenet.main(imagenet_args(folder, tmp_path / "a"))
+    for flags, named in ((("--flip",), "--flip"), (("--crops", "2"), "--crops"), (("--seed", "1"), "--tokenizer_weights")):
+        with pytest.raises(UserError, match=named):
+            imagenet.main(imagenet_args(folder, tmp_path / "a", *flags))
+    (tmp_path / "photos" / "0" / "more.png").unlink()
+    (tmp_path / "photos" / "0" / "00.png").write_bytes((tmp_path / "photos" / "1" / "01.png").read_bytes())
+    with pytest.raises(UserError, match="list of images"):
+        imagenet.main(imagenet_args(folder, tmp_path / "a"))
+    imagenet.main(imagenet_args(folder, tmp_path / "a", "--overwrite"))
+    assert load(tmp_path / "a")[2]["n"] == 10 and not (tmp_path / "a" / "skipped.txt").exists()
+
+
+def test_folders_without_classes_or_images_are_refused(tmp_path):
+    run = lambda *more: imagenet.main(imagenet_args(str(tmp_path / "in"), tmp_path / "out", *more))
+    with pytest.raises(UserError, match="no folder"):
+        run()
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match="one for each class"):
+        run()
+    (tmp_path / "in" / "cats").mkdir()
+    with pytest.raises(UserError, match="hold no images .cats"):
+        run()
+    (tmp_path / "in" / "cats" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 class folders .* knows 10"):
+        run()
+    for _ in range(2):                                # the second time too: nothing is left of the first
+        with pytest.raises(UserError, match="none of the 1 images"):
+            run("--allow_other_classes")
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_full_disk_is_a_sentence_before_any_work(tmp_path, monkeypatch):
+    folder = make_photos(tmp_path / "photos", per_class=1)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(imagenet.os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        imagenet.main(imagenet_args(folder, tmp_path / "a"))
+    assert os.listdir(tmp_path / "a") == []
+
+
+def test_every_kind_of_picture_becomes_rgb_or_grey():
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    grey = Image.fromarray(ramp)
+    deep = Image.fromarray(ramp.astype(np.uint16) * 256 + 7)
+    for img in (grey, deep, grey.convert("RGB"), grey.convert("LA"), grey.convert("RGBA"), grey.convert("P")):
+        assert np.array_equal(np.asarray(imagenet.convert(img, "L")), ramp), img.mode
+        assert np.array_equal(np.asarray(imagenet.convert(img, "RGB")), np.stack([ramp] * 3, -1)), img.mode
+    cmyk = Image.new("CMYK", (2, 2), (0, 255, 255, 0))                                        # red
+    assert imagenet.convert(cmyk, "RGB").getpixel((0, 0)) == (255, 0, 0) and imagenet.convert(cmyk, "L").mode == "L"
+    assert imagenet.convert(Image.new("RGBA", (2, 2), (9, 9, 9, 0)), "RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_crops_depend_on_seed_image_and_number_alone():
+    rng = lambda *key: np.random.default_rng(key)
+    square = Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    crop = lambda img, *key: np.asarray(imagenet.random_crop(img, 32, rng(*key)))
+    assert np.array_equal(crop(square, 0, 5, 1), crop(square, 0, 5, 1))
+    assert len({crop(square, s, i, k).tobytes() for s in (0, 1) for i in (0, 1) for k in (0, 1)}) == 8
+    wide = square.resize((96, 64))                    # 0.8 of its area is a square of 70, more than 64 high: it falls back
+    centre = np.asarray(wide.crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.BICUBIC))
+    assert all(any(np.array_equal(crop(wide, 0, 0, k), c) for c in (centre, centre[:, ::-1])) for k in range(8))
+    assert imagenet.centre_crop(wide, 32).size == imagenet.centre_crop(square, 32).size == (32, 32)
+
+
+# ================================================================================================= evaluate.py
+def golden_sets():
+    """(real (200, 16), fake (180, 16)) float32: the inputs of the golden FID and PRDC numbers."""
+    M = np.random.RandomState(30).standard_normal((16, 16)) / np.sqrt(16)
+    real = np.random.RandomState(10).standard_normal((200, 16)) @ M
+    fake = (1.1 * np.random.RandomState(20).standard_normal((180, 16)) + 0.2) @ M
+    return real.astype(np.float32), fake.astype(np.float32)
+
+
+def moments_of(f, shift=0.0, batch=7):
+    m = ev.Moments(f.shape[1], shift)
+    for part in torch.as_tensor(f).split(batch):
+        m.add(part)
+    return m.result()
+
+
+def test_fid_agrees_with_clean_fid_and_by_eigenvalues_also_when_rank_deficient():
+    real, fake = golden_sets()
+    for some, expected in ((real, 1.617839027), (real[:8], 15.51948243)):     # 8 images in 16 dimensions: rank 7
+        pair = (*moments_of(some), *moments_of(fake))
+        assert ev.fid(*pair) == pytest.approx(expected, rel=1e-6)
+        assert ev.fid_eigenvalues(*pair) == pytest.approx(expected, rel=1e-6)
+    mu, sigma = moments_of(real)
+    assert np.allclose(mu[:3], [-0.01107388735, 0.08009858429, 0.05349292606], atol=1e-8)
+    assert np.trace(sigma) == pytest.approx(15.85219538, rel=1e-9)            # unbiased: 1 / (N - 1)
+
+
+@pytest.mark.parametrize("distance", [ev.fid, ev.fid_eigenvalues])
+def test_fid_has_its_closed_forms(distance):
+    rng = np.random.default_rng(0)
+    A, mu, shift, s1, s2 = rng.normal(size=(12, 12)), *rng.normal(size=(2, 12)), *rng.uniform(0.1, 4, (2, 12))
+    S, Q = A @ A.T, np.linalg.qr(A)[0]
+    assert distance(mu, S, mu, S) == pytest.approx(0, abs=1e-9)               # a set against itself
+    assert distance(mu, S, mu + shift, S) == pytest.approx(shift @ shift)     # shifted
+    S1, S2 = (Q * s1) @ Q.T, (Q * s2) @ Q.T                                   # commuting
+    assert distance(mu, S1, mu, S2) == pytest.approx(((np.sqrt(s1) - np.sqrt(s2)) ** 2).sum())
+    assert distance(mu, 0 * S, mu, S) == pytest.approx(np.trace(S))           # a single image, repeated
+
+
+def test_moments_add_up_over_batches_and_keep_their_digits_far_from_zero():
+    f = np.random.default_rng(0).normal(size=(500, 9)) + 1e7
+    mu, sigma = moments_of(f, shift=f[0], batch=33)
+    assert np.allclose(mu, f.mean(0), rtol=1e-15) and np.allclose(sigma, np.cov(f - 1e7, rowvar=False), rtol=1e-8)
+
+
+@pytest.mark.parametrize("convention, mean, std", [
+    (dict(), 3.639085854, 0.2541956773),                                      # torch-fidelity
+    (dict(shuffle=False), 3.618812457, 0.2243190045),                         # StyleGAN
+    (dict(shuffle=False, split_size=100), 3.893615936, None)])                # ADM
+def test_inception_score_agrees_in_three_conventions(convention, mean, std):
+    logits = 2.0 * np.random.RandomState(60).standard_normal((300, 40)).astype(np.float32)
+    got = ev.inception_score(logits, **convention)
+    assert got[0] == pytest.approx(mean, rel=1e-8) and (std is None or got[1] == pytest.approx(std, rel=1e-8))
+    sure = 1000.0 * torch.eye(10).repeat(10, 1)                               # certain, and all classes alike
+    assert ev.inception_score(sure, shuffle=False) == pytest.approx((10, 0))
+
+
+@pytest.mark.parametrize("k, expected", [(3, (0.7277777778, 0.915, 0.6666666667, 0.655)),
+                                         (5, (0.8222222222, 0.965, 0.6877777778, 0.855))])
+def test_prdc_agrees_with_the_package_whatever_the_blocks(k, expected):
+    real, fake = golden_sets()
+    for block_bytes in (1, 10_000, 2**26):
+        assert tuple(ev.prdc(real, fake, k, block_bytes).values()) == pytest.approx(expected, abs=1e-9)
+    far = (f.astype(np.float64) + 1e4 for f in (real, fake))
+    assert tuple(ev.prdc(*far, k).values()) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_surface_of_a_ball_is_outside():
+    real = np.repeat(np.random.RandomState(40).randint(0, 3, (15, 2)), 2, axis=0).astype(np.float32)
+    fake = np.random.RandomState(50).randint(0, 4, (24, 2)).astype(np.float32)
+    expected = (0.1666666667, 0.9333333333, 0.1111111111, 0.06666666667)
+    assert tuple(ev.prdc(real, fake, 3).values()) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ties_are_decided_as_exact_arithmetic_decides_them():
+    """Points of a small lattice, shifted by what no float holds: many distances tie, and integers know which."""
+    a, b = np.random.RandomState(0).randint(0, 3, (2, 300, 5))
+    square = lambda x, y: ((x[:, None] - y[None]) ** 2).sum(-1)                # (300, 300) integers
+    r_a, r_b = (np.sort(square(x, x), 1)[:, 3] for x in (a, b))
+    d = square(a, b)
+    expected = ((d < r_a[:, None]).any(0).mean(), (d < r_b).any(1).mean(),
+                (d < r_a[:, None]).sum() / 900, (d.min(1) < r_a).mean())
+    for scale, block_bytes in ((1.0, 2**26), (0.1, 50_000), (1e-3, 2**26)):
+        assert tuple(ev.prdc(a * scale, b * scale, 3, block_bytes).values()) == pytest.approx(expected, abs=1e-12)
+
+
+def test_prdc_of_a_set_against_itself_and_against_one_mode():
+    real = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    same, mode = ev.prdc(real, real.clone()), ev.prdc(real, real[:1] + 1e-3 * torch.randn(100, 8))
+    assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
+    assert mode["precision"] == 1 and mode["recall"] < 0.02 and mode["coverage"] < 0.2
+
+
+# ------------------------------------------------------------------------------------------ generation
+@pytest.fixture(scope="module")
+def tiny():
+    return teachers.load_teacher("maskbit-tiny", random_weights=True)
+
+
+def test_images_are_a_function_of_the_seed_and_argmax_of_the_start(tiny):
+    draw = lambda seed, T: ev.generate_student(tiny, tiny.net, torch.arange(4), temperature=T,
+                                               generator=torch.Generator().manual_seed(seed))
+    a = draw(1, 1.0)
+    assert a.dtype == torch.uint8 and a.shape == (4, 1, 32, 32)
+    assert a.equal(draw(1, 1.0)) and not a.equal(draw(2, 1.0)) and not a.equal(draw(1, 0))
+    start = dict(init_ratio=1.0, noise=0.0, temperature=0)                    # all masked, nothing drawn: one image
+    b, c = (ev.generate_student(tiny, tiny.net, torch.zeros(1).long(), **start) for _ in range(2))
+    assert b.equal(c)
+    steps = [ev.generate_teacher(tiny, torch.arange(2), n, generator=torch.Generator().manual_seed(0)) for n in (3, 3, 1)]
+    assert steps[0].equal(steps[1]) and not steps[0].equal(steps[2])
+
+
+def test_pixels_are_truncated_not_rounded(tiny, monkeypatch):
+    monkeypatch.setattr(ev, "decode_tokens", lambda tokenizer, x: torch.tensor([0.0, 0.9999 / 255, 254.9 / 255, 1.0]))
+    assert ev.to_pixels(tiny, torch.zeros(1), 0.0, None).tolist() == [0, 0, 254, 255]
+
+
+# ------------------------------------------------------------------------------------- the tiny world's metric
+def test_features_see_what_independent_tokens_do_to_a_picture():
+    """Real tokens against real tokens exchanged position by position within a class: each token likely, together not."""
+    with np.load(os.path.join(HERE, "assets/fashion/tokens.npz")) as f:
+        x, labels = torch.from_numpy(f["tokens"][:2000]).long(), torch.from_numpy(f["labels"][:2000])
+    order = torch.Generator().manual_seed(0)
+    mixed = torch.zeros_like(x)
+    for c in range(10):
+        rows = (labels == c).nonzero()[:, 0]
+        for i in range(x.shape[1]):
+            mixed[rows, i] = x[rows[torch.randperm(len(rows), generator=order)], i]
+    tok = teachers.load_teacher("maskbit-tiny").tokenizer
+    net, reference = ev.load_extractor(teachers.SPECS["maskbit-tiny"])
+    make = lambda tokens: lambda i, **_: (teachers.decode_tokens(tok, tokens[i]) * 255).to(torch.uint8)
+    real, patchwork = (ev.evaluate(make(t), torch.arange(500), net, reference) for t in (x, mixed))
+    assert real["fid"] < 25 and patchwork["fid"] > 3 * real["fid"] and patchwork["precision"] < real["precision"]
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    command = [sys.executable, os.path.join(HERE, "evaluate.py"), "--random_weights", "--steps", "2", "--n", "50",
+               "--batch", "15", "--device", "cpu"]
+    one = subprocess.Popen([*command, "--out", str(tmp_path / "1")], env=dict(os.environ, OMP_NUM_THREADS="1"))
+    port = str(20000 + os.getpid() % 20000)
+    two = [subprocess.Popen([*command, "--out", str(tmp_path / "2")], env=dict(
+        os.environ, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port,
+        OMP_NUM_THREADS="1")) for r in range(2)]
+    assert [p.wait(timeout=120) for p in (one, *two)] == [0, 0, 0]
+    a, b = (json.loads((tmp_path / d / "results.jsonl").read_text()) for d in "12")
+    assert (a["processes"], b["processes"]) == (1, 2)
+    for key in ("fid", "fid_eigenvalues", "is", "is_std", "precision", "recall", "density", "coverage"):
+        assert a[key] == pytest.approx(b[key], rel=1e-6), key
+    assert (tmp_path / "2" / "sheet.png").stat().st_size > 1000
+
+
+def test_what_cannot_be_evaluated_is_refused_with_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="Inception"):
+        ev.load_extractor(teachers.SPECS["maskbit"])
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 32, 32)))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(4), sigma=np.eye(4))
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut short")
+    for name, message in (("images", "mu"), ("other", "feature network"), ("cut", "npz"), ("missing", "missing.npz")):
+        with pytest.raises(UserError, match=message):
+            ev.load_reference(str(tmp_path / f"{name}.npz"), 208)
+    with pytest.raises(UserError, match="neighbours"):
+        ev.prdc(torch.zeros(3, 2), torch.zeros(9, 2))
+    for flags in (["--n", "0"], ["--temperature", "-1"], ["--ckpt", "nowhere.pt"], ["--teacher", "maskgot"]):
+        done = subprocess.run([sys.executable, os.path.join(HERE, "evaluate.py"), *flags, "--out", str(tmp_path)],
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and flags[1] in done.stderr
+
+
+def test_a_sheet_has_a_column_a_class_and_a_table_says_what_n_does(tmp_path):
+    from PIL import Image
+    img = torch.zeros(12, 1, 32, 32, dtype=torch.uint8)
+    img[10] = 200
+    ev.sheet([("teacher, 16 steps", img), ("student, 1 step", img[:10])], str(tmp_path / "s.png"), scale=3)
+    page = Image.open(tmp_path / "s.png")
+    assert page.size == (10 * 98 + 2, 3 * 98 + 2 * 16 + 2) and page.getpixel((50, 16 + 98 + 48)) == (200,) * 3
+    row = dict(model="teacher", kind="teacher", steps=16, n=5000, fid=4.0, **{"images/s": 10.0, "tokens_only/s": 12.0})
+    text = ev.table([row, dict(row, model="student", kind="student", steps=1, **{"images/s": 200.0})])
+    assert "| teacher | 16 " in text and "biased upward" in text and "20.0 times faster" in text
+    assert "biased" not in ev.table([dict(row, n=50_000)])
+
+
+# =============================================================================================== train.py
+def nano_run(folder, **kw):
+    """Settings of a run of some seconds: nano teacher with random weights, nano real tokens."""
+    SPECS["nano"] = NANO
+    train.TABLE_5["nano"] = dict(teacher="nano", batch=8, steps=6, lr=1e-3, ema=0.9, warmup=2, gan=True, w_gan=1.0, gan_start=0, heads=2,
+                                 head_width=16, head_mlp=16, log_every=1, save_every=2, eval_every=0, n_eval=0,
+                                 random_weights=True, data=os.path.join(folder, "data.npz"), device="cpu", dtype="fp32")
+    rng = np.random.default_rng(0)
+    if not os.path.exists(os.path.join(folder, "data.npz")):
+        np.savez(os.path.join(folder, "data.npz"), tokens=rng.integers(0, 8, (30, 16, 2)).astype(np.uint8),
+                 labels=rng.integers(0, 3, 30).astype(np.uint8))
+    given = {"teacher": "nano", "out": os.path.join(folder, "run"), **kw}
+    return train.settle(given, train.flags()[1])
+
+
+def run(folder, **kw):
+    """Train in `folder`; the checkpoint."""
+    c = nano_run(folder, **kw)
+    train.train(c)
+    return torch.load(os.path.join(c.out, "ckpt.pt"), weights_only=True)
+
+
+def same(a, b):
+    """Nested dicts, lists and tensors equal to the last bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+NETS = ("student", "aux", "disc", "ema", "optimizers", "step")
+
+
+def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
+    whole = run(tmp_path, out=f"{tmp_path}/whole", dropout=0.1)
+    run(tmp_path, out=f"{tmp_path}/cut", dropout=0.1, steps=4)
+    with open(f"{tmp_path}/cut/log.jsonl", "a") as f:
+        f.write('{"step": 5, "loss_aux": 9.0}\n{"step": 6, "lo')            # what a killed process leaves behind
+    cut = run(tmp_path, out=f"{tmp_path}/cut", dropout=0.1, resume=True)
+    assert all(same(whole[k], cut[k]) for k in NETS) and whole["step"] == 6
+    lines = [[{k: v for k, v in json.loads(line).items() if k != "img_s"} for line in open(f"{tmp_path}/{d}/log.jsonl")]
+             for d in ("whole", "cut")]
+    assert [row["step"] for row in lines[0]] == [1, 2, 3, 4, 5, 6] and lines[0][:3] == lines[1][:3]
+    assert lines[0][4:] == lines[1][4:]
+
+
+def test_accumulation_equals_the_joint_batch(tmp_path):
+    one, two = (run(tmp_path, out=f"{tmp_path}/{a}", accum=a, clip=1e9) for a in (1, 2))
+    for k in ("student", "aux", "disc", "ema"):
+        assert all(torch.allclose(one[k][n], two[k][n], atol=2e-5) for n in one[k]), k
+
+
+def two_processes(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29531")
+    torch.set_num_threads(1)
+    train.train(nano_run(folder, out=f"{folder}/two"))
+
+
+def test_two_gloo_processes_make_the_same_update_as_one(tmp_path):
+    one = run(tmp_path, out=f"{tmp_path}/one")
+    torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
+    two = torch.load(f"{tmp_path}/two/ckpt.pt", weights_only=True)
+    for k in ("student", "aux", "disc", "ema"):
+        assert all(torch.allclose(one[k][n], two[k][n], atol=2e-5) for n in one[k]), k
+
+
+def test_ablations_are_flags(tmp_path):
+    dimo_only = run(tmp_path, out=f"{tmp_path}/a", gan=False, steps=3)
+    gan_only = run(tmp_path, out=f"{tmp_path}/b", w_dimo=0.0, steps=3)
+    late = run(tmp_path, out=f"{tmp_path}/c", w_dimo=0.0, gan_start=3, steps=3)
+    assert "disc" not in dimo_only and not same(dimo_only["student"], gan_only["student"])
+    frozen = MaskBit(**NANO.net)
+    start = load_teacher("nano", random_weights=True).net.state_dict()
+    assert same(late["student"], dict(start)) and not same(late["aux"], dict(start))     # nothing joined the student yet
+    names = {n for n, p in frozen.named_parameters() if any(p is q for q in frozen.frozen())}
+    assert len(names) == 4 and all(torch.equal(gan_only["student"][n], start[n]) for n in names)
+    for kw in (dict(estimator="straight-through"), dict(estimator="gumbel", tau=2.0), dict(soft_state=True),
+               dict(redraw=True), dict(cfg_schedule="cosine"), dict(w_t="inverse"), dict(beta=-0.2), dict(soft_target=0.5)):
+        ckpt = run(tmp_path, out=f"{tmp_path}/d", steps=2, overwrite=True, **kw)
+        assert all(torch.isfinite(t).all() for t in ckpt["student"].values()), kw
+
+
+def test_warm_up_starts_at_zero_and_ema_follows_the_official_ramp():
+    factors = [train.lr_factor(n, 100, 5000) for n in (0, 1, 2, 50, 99, 100, 1000)]
+    assert factors == [0.0, 0.01, 0.02, 0.5, 0.99, 1.0, 1.0] and abs(train.lr_factor(5000, 100, 5000, 0.1) - 0.1) < 1e-12
+    for n, rate in ((0, 0.1), (1, 0.18181818), (10, 0.55), (1000, 0.99108911), (30000, 0.9997001), (89991, 0.9999)):
+        ema, net = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+        ema.weight.data.fill_(1.0), net.weight.data.fill_(0.0)
+        train.ema_update(ema, net, n, 0.9999)
+        assert abs(ema.weight.item() - rate) < 1e-6
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_ten(tmp_path, monkeypatch):
+    true, calls = train.dimo_grad, []
+
+    def broken(*a, **k):
+        calls.append(1)
+        return true(*a, **k) * (float("nan") if len(calls) == 3 or len(calls) > 6 else 1.0)
+    monkeypatch.setattr(train, "dimo_grad", broken)
+    ckpt = run(tmp_path, steps=6)
+    assert ckpt["skipped"] == 1 and all(torch.isfinite(t).all() for t in ckpt["student"].values())
+    with pytest.raises(UserError, match="not finite in 10 steps.*--resume"):
+        run(tmp_path, steps=40, resume=True)
+
+
+def test_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = str(tmp_path / "ckpt.pt")
+    train.save_checkpoint(path, dict(step=1))
+
+    def full(state, f):
+        f.write(b"half of a checkpoint")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="disk full.*--resume"):
+        train.save_checkpoint(path, dict(step=2))
+    assert torch.load(path, weights_only=True) == dict(step=1) and os.listdir(tmp_path) == ["ckpt.pt"]
+    killed = ("import torch, os, train\n"                                  # the process dies in the middle of a write
+              "def save(state, f): f.write(b'half'); f.flush(); os._exit(9)\n"
+              f"torch.save = save\ntrain.save_checkpoint({path!r}, dict(step=3))")
+    assert subprocess.run([sys.executable, "-c", killed], cwd=HERE).returncode == 9
+    assert torch.load(path, weights_only=True) == dict(step=1)
+
+
+@pytest.mark.parametrize("kw, words", [
+    (dict(teacher="nope"), "unknown --teacher 'nope'.*maskbit"), (dict(batch=9), "--batch 9 .*2 accumulation"),
+    (dict(data=None), "--gan .*--data"), (dict(w_dimo=0.0, gan=False), "nothing to train"), (dict(lr=-1.0), "--lr -1"),
+    (dict(gan_ratio=[0.5, 0.2]), "--gan_ratio"), (dict(init_ratio=1.5), "at most 1")])
+def test_bad_settings_are_answered_with_a_sentence(tmp_path, kw, words):
+    with pytest.raises(UserError, match=words):
+        nano_run(tmp_path, **{"accum": 2, **kw}) if "teacher" not in kw else train.settle(kw, train.flags()[1])
+
+
+def test_bad_files_are_answered_with_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="cannot read real tokens.*data/imagenet.py"):
+        run(tmp_path, data=f"{tmp_path}/missing")
+    np.savez(tmp_path / "other.npz", tokens=np.zeros((5, 9, 1), np.uint8), labels=np.zeros(5, np.uint8))
+    with pytest.raises(UserError, match=r"expected tokens \(n, 16, 2\)"):
+        run(tmp_path, data=f"{tmp_path}/other.npz")
+    with pytest.raises(UserError, match="no weights at .*ckpt.pt"):
+        run(tmp_path, resume=True)
+    run(tmp_path, steps=1)
+    command = [sys.executable, "train.py", "--resume", "--out", f"{tmp_path}/run", "--teacher", "maskbit"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "is a run with --teacher nano, and now --teacher is maskbit" in done.stderr
+    assert "Traceback" not in done.stderr
