@@ -518,9 +518,9 @@ def models(args, device):
     """One at a time: (teacher, make_images, what a row says of them)."""
     hashes = lambda t: dict(teacher=t.spec.name, teacher_weights=fingerprint(t.net),
                             tokenizer=fingerprint(t.tokenizer))
-    name = args.teacher
+    name, files = args.teacher, {k: getattr(args, k) for k in ("teacher_weights", "tokenizer_weights", "random_weights")}
     for path in args.ckpt:
-        teacher, net, config = load_student(path, args.teacher, device)
+        teacher, net, config = load_student(path, args.teacher, device, **files)
         name = name or teacher.spec.name
         start = {k: config.get(k, default) if getattr(args, k) is None else getattr(args, k)
                  for k, default in (("init_ratio", 0.6), ("noise", 0.1))}
@@ -530,8 +530,7 @@ def models(args, device):
                 **hashes(teacher)))
     steps = args.steps or ([] if args.ckpt or args.reconstruction else [1, 2, 4, 8, 16])
     if steps:
-        teacher = load_teacher(name or "maskbit-tiny", args.teacher_weights, args.tokenizer_weights,
-                               args.random_weights, device)
+        teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
     for N in steps:
         given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
         own = teacher.spec.sampling_for(N)

@@ -39,12 +39,12 @@ def embed_probs(p, E, bias=0.0, mask=None):
     Units where mask (B, L, G) is true get the table's last row, the mask, instead. Always float32: in bf16 the
     probabilities of a large vocabulary do not sum to one. (A p of V+1 entries, MaskGit's, includes the mask row.)
     """
-    e = bias
+    e = 0.0
     with torch.autocast(p.device.type, enabled=False):
         for g in range(len(E)):
             e_g = p[:, :, g].float() @ E[g, : p.shape[-1]].float()                            # (B, L, d)
             e = e + (e_g if mask is None else torch.where(mask[:, :, g, None], E[g, -1].float(), e_g))
-    return e
+    return e + bias
 
 
 def soft_embed(z, E, bias=0.0, mask=None, tau=1.0):

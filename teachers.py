@@ -516,7 +516,7 @@ def fetch(repo, name, flag):
                         "or try sizes and speed with --random_weights")
 
 
-def load_teacher(name, weights=None, tokenizer_weights=None, random_weights=False, device="cpu"):
+def load_teacher(name, teacher_weights=None, tokenizer_weights=None, random_weights=False, device="cpu"):
     """The frozen teacher called `name`, in eval mode: a Teacher(net, tokenizer, spec).
 
     Weights come from the given paths, else from `spec.files` (assets, or the hub); random_weights needs no file.
@@ -528,28 +528,29 @@ def load_teacher(name, weights=None, tokenizer_weights=None, random_weights=Fals
         torch.manual_seed(0)                       # random weights are the same in every process and every run
         net, tokenizer = MaskBit(**spec.net), BitTokenizer(**spec.tokenizer)
     if not random_weights:
-        for module, role, path, flag in ((net, "net", weights, "--teacher_weights"),
+        for module, role, path, flag in ((net, "net", teacher_weights, "--teacher_weights"),
                                          (tokenizer, "tokenizer", tokenizer_weights, "--tokenizer_weights")):
             path = path or fetch(*spec.files[role], flag)
             load_state(module, read_weights(path), path)
     return Teacher(*(m.to(device).eval().requires_grad_(False) for m in (net, tokenizer)), spec)
 
 
-def load_student(path, name=None, device="cpu"):
+def load_student(path, name=None, device="cpu", **files):
     """A one-step generator from a file: (teacher, net, config), the net in eval mode.
 
     A checkpoint of train.py says in its config which teacher it has and how it starts, and its EMA weights are
     taken; config is {} for a bare state dict (an official Di[M]O student, a theta_0), which needs the teacher's name.
+    files: teacher_weights, tokenizer_weights and random_weights of `load_teacher`, over those of the config.
     """
-    state = read_weights(path)
+    state = read_weights(local(path))
     config = state.get("config", {})
     if "ema" in state:
         state = state["ema"]
     name = config.get("teacher", name)
     if name is None:
         raise UserError(f"{path} is a bare state dict and does not name its teacher: add --teacher NAME")
-    teacher = load_teacher(name, config.get("teacher_weights"), config.get("tokenizer_weights"),
-                           config.get("random_weights", False), device)
+    files = {k: files.get(k) or config.get(k) for k in ("teacher_weights", "tokenizer_weights", "random_weights")}
+    teacher = load_teacher(name, device=device, **files)
     net = MaskBit(**teacher.spec.net).to(device)
     return teacher, load_state(net, state, path).eval().requires_grad_(False), config
 
@@ -565,7 +566,7 @@ SPECS = {
         "maskbit-tiny", image=(1, 32, 32),
         net=dict(bits=10, grid=8, width=128, depth=4, heads=4, mlp=512, classes=10),
         tokenizer=dict(channels=1, hidden=32, mult=(1, 2, 2), blocks=1, bits=10, norm_groups=8),
-        sampling={16: dict(guidance=2.0, temperature=10.0)},
+        sampling={16: dict(guidance=5.0, temperature=11.0)},
         record="assets/fashion/teacher_steps.jsonl",
         files={"net": (None, "assets/fashion/teacher.safetensors"),
                "tokenizer": (None, "assets/fashion/tokenizer.safetensors")}),

@@ -48,13 +48,13 @@ TABLE_5 = {
     "maskbit-tiny-scratch": dict(
         teacher="maskbit-tiny", batch=64, steps=1500, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=1.0,
         optimizer="adam", lr=3e-4, aux_lr=8e-4, weight_decay=0.0, ema=0.995, warmup=20, lr_end=0.05,
-        w_gan=6.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128, feature_noise=0.1,
+        w_gan=4.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128, feature_noise=0.1,
         data="assets/fashion/tokens.npz", log_every=20, eval_every=500, save_every=100),
 }
 TABLE_5["maskbit-long"] = dict(TABLE_5["maskbit"], optimizer="adamw", lr=5e-7, weight_decay=0.01, w_gan=200.0)
 TABLE_5["maskbit-tiny"] = dict(
-    TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=250, student_start=30,
-    lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=125, save_every=50)
+    TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=150, student_start=30,
+    lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=75, save_every=50)
 
 
 def flags():
