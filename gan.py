@@ -34,6 +34,7 @@ class Head(nn.Module):
     """Features (B, L, D) of one layer -> (B, width): two 3x3 convolutions over the token grid, then the mean.
 
     grid is the side of the token grid; None means tokens in a row (MaskGen), and convolutions in one dimension.
+    # choice: the paper says "a convolutional head"; this one has about the size that Tab. 5 gives.
     """
 
     def __init__(self, features, width, grid):
@@ -54,8 +55,8 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """The trained part of D: a head for each layer's features, concatenation, MLP, one logit an image (Fig. 5).
 
-    The teacher is not a submodule: it is frozen, shared, and has no place in this state dict. r is not an input;
-    the teacher sees how much is masked. At MaskBit's size (features = width = 1024, 4 heads, mlp = 2048) these are
+    The teacher is not a submodule: it is frozen, shared, and has no place in this state dict. # choice: r is not an
+    input, for the teacher sees how much is masked. At MaskBit's size (features = width = 1024, 4 heads, mlp = 2048) these are
     84M parameters, against the 85M of Tab. 5.
     """
 

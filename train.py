@@ -265,6 +265,7 @@ def update(opt, params, clip, lr):
     """Clip and step, unless the gradient is not finite; returns its norm before clipping, and whether it stepped.
 
     Under DDP the gradient is the average over processes, so all of them see the same norm and decide alike.
+    # choice: all three networks are clipped (App. H.1 does not say which); the official code clips the student alone.
     """
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     finite = bool(torch.isfinite(norm))
@@ -524,7 +525,7 @@ def train(c):
 
         # --- Update the auxiliary, an MDM of the student's tokens (l. 19-21)
         for a, r in enumerate(batches):
-            if c.redraw:                              # as the official code: everything again, from the updated student
+            if c.redraw:   # choice: off, x_theta is used again (l. 20); the official code draws all anew, from the new theta
                 r.labels = r.again.labels if not c.gan else r.labels
                 x_init = initial_tokens(r.again.tokens, c.init_ratio, r.again.scores, net.V)
                 with torch.no_grad(), autocast():
