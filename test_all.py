@@ -881,11 +881,17 @@ def test_published_sampling_has_the_golden_schedules(steps, masked, guidance, mo
     assert scale.sum().item() == pytest.approx(guidance[1], rel=1e-5)
 
 
+def test_sampler_reveals_a_unit_every_step_until_one_is_left():
+    trace, net = [], mini_net()                                                     # 8 units, more steps than that
+    teachers.sample(net, (torch.tensor([0]),), 12, trace=trace, draws=lambda i: uniform(i, 2, 1, 4, 2))
+    assert [(x == net.V).sum().item() for x in trace] == [8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1]
+
+
 def test_published_settings_are_those_of_the_readme_and_the_nearest_is_taken():
     spec = teachers.SPECS["maskbit"]
     assert spec.sampling == {64: dict(guidance=7.1, temperature=7.8), 128: dict(guidance=7.1, temperature=9.0),
                              256: dict(guidance=5.8, temperature=10.3)}
-    assert [spec.sampling_for(n)["temperature"] for n in (1, 70, 100, 250, 999)] == [7.8, 7.8, 9.0, 10.3, 10.3]
+    assert [spec.sampling_for(n)["temperature"] for n in (1, 90, 93, 185, 999)] == [7.8, 7.8, 9.0, 10.3, 10.3]
 
 
 def test_guidance_may_be_constant_or_linear_or_off(monkeypatch):

@@ -339,7 +339,7 @@ def finish(c, teacher, start, student, rows, metrics, say):
     """The end of a run: weights in float16 for others to load, a picture, and a table against the teacher's steps.
 
     The teacher's quality is read from the record that ships with it (minutes to make: evaluate.py --steps ...); its
-    speed is measured here, on some images, since it is the ratio on this machine that one wants to know.
+    speed is measured here, on 500 images in batches like the student's: the ratio depends on the machine.
     """
     from safetensors.torch import save_file
 
@@ -359,7 +359,7 @@ def finish(c, teacher, start, student, rows, metrics, say):
         say(f"wrote {c.out}/picture.png")
     if metrics is None or not rows:
         return
-    timed = ev.evaluate(many, ev.class_labels(192, teacher.spec.classes), *metrics, batch=64)
+    timed = ev.evaluate(many, ev.class_labels(500, teacher.spec.classes), *metrics, desc="timing the teacher" if first else None)
     shipped = []
     if teacher.spec.record:
         with open(local(teacher.spec.record)) as f:
