@@ -126,7 +126,8 @@ def divergence_grad(z_teacher, z_aux, mask, beta=0.0):
 def dimo_grad(teacher, aux, e_t, cond, mask, w=1.0, beta=0.0, weight=1.0):
     """Gradient for the student's logits, Eq. 2 and Alg. 1 l. 8-11: (B, L, G, V), to be divided by the batch.
 
-    e_t (B, L, d) embeds the masked state x_t (or, App. I.15, the masked soft embedding); w is the teacher's
+    e_t (B, L, d) embeds the masked state x_t (or, App. I.15, the masked soft embedding), once for both networks, whose
+    frozen tables are the same; w is the teacher's
     guidance; weight is w(t), a number or (B,). The auxiliary is not guided: it models what the student does.
     """
     z_teacher, z_aux = guided_logits(teacher, e_t, cond, w), aux(e_t, cond)

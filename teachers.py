@@ -446,9 +446,7 @@ def mdm_loss(net, x, labels, dropout_label=0.1):
 
 # =============================================================================================== loading
 def published_state(state, module):
-    """A published state dict with this module's names; wrappers, prefixes and known extras dropped."""
-    for wrapper in ("state_dict", "model_state_dict"):
-        state = state.get(wrapper, state)
+    """A published state dict with this module's names; prefixes and known extras dropped."""
     out = {}
     for key, tensor in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
@@ -465,6 +463,8 @@ def load_state(module, state, source):
 
     Float16 and bfloat16 tensors become the module's own dtype. `source` is how messages call the file.
     """
+    for wrapper in ("state_dict", "model_state_dict"):
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise UserError(f"{source}: expected a dict of tensors, got {type(state).__name__}")
     state, own = published_state(state, module), module.state_dict()
@@ -507,8 +507,8 @@ def fetch(repo, name, flag):
     """The local path of a published file: from this repository's assets (repo None), else from the hub."""
     if repo is None:
         return local(name)
-    from huggingface_hub import hf_hub_download
     try:
+        from huggingface_hub import hf_hub_download
         return hf_hub_download(repo, name)
     except Exception as err:
         raise UserError(f"cannot download {name} from the Hugging Face hub, repository {repo} ({type(err).__name__}). "
@@ -544,7 +544,7 @@ def load_student(path, name=None, device="cpu", **files):
     files: teacher_weights, tokenizer_weights and random_weights of `load_teacher`, over those of the config.
     """
     state = read_weights(local(path))
-    config = state.get("config", {})
+    config = state.get("config", {}) if isinstance(state, dict) else {}
     if "ema" in state:
         state = state["ema"]
     name = config.get("teacher", name)

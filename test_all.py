@@ -987,6 +987,11 @@ def test_published_sizes_have_exactly_the_published_tensors(make, file, count, d
         assert sum(p.numel() for p in module.get_submodule(part).parameters()) == number
 
 
+def test_published_generator_has_16_heads_though_no_file_says_so():
+    with torch.device("meta"):
+        assert {b.attn.heads for b in teachers.MaskBit().blocks} == {16}            # 8 would load, and give nonsense
+
+
 def test_aliases_prefixes_wrappers_and_extras_load_to_the_same_weights():
     file = seeded(generator_file(**SIZES))
     file["bits_to_indices"] = torch.tensor([1, 2], dtype=torch.int32)
@@ -1094,6 +1099,21 @@ def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone():
     b = teachers.load_teacher("maskbit-tiny", random_weights=True)
     for m, n in zip(a[:2], b[:2]):
         assert all(torch.equal(v, w) for v, w in zip(m.parameters(), n.parameters(), strict=True))
+
+
+def test_attention_on_a_cpu_is_the_fused_kernel_of_a_gpu():
+    torch.manual_seed(0)
+    attn, h = teachers.Attention(32, 4), torch.randn(2, 9, 32)
+    q, k, v = (t.view(2, 9, 4, 8).transpose(1, 2) for t in attn.qkv(h).chunk(3, -1))
+    fused = attn.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 9, 32))
+    assert close(attn(h), fused)
+
+
+def test_a_file_that_is_no_dict_is_refused_with_a_sentence(tmp_path):
+    for content in ([1, 2], {"state_dict": [1]}):
+        torch.save(content, tmp_path / "list.bin")
+        with pytest.raises(UserError, match="expected a dict of tensors, got list"):
+            teachers.load_student(str(tmp_path / "list.bin"), "maskbit-tiny")
 
 
 def test_teacher_files_given_by_path_are_the_ones_loaded(tmp_path):

@@ -602,6 +602,8 @@ def main():
         train(c)
     except UserError as err:
         ap.exit(2, f"train.py: {err}\n")
+    except OSError as err:                            # --out cannot be written, the disk is full, a file went away
+        ap.exit(2, f"train.py: {err}. The last checkpoint, if there is one, is whole: go on with --resume\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
