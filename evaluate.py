@@ -163,8 +163,6 @@ class FashionNet(nn.Module):
     They are standardised over the training set, so that no layer dominates a distance.
     """
 
-    published_names, published_extras = [], set()
-
     def __init__(self, widths=(16, 24, 32, 32), strides=(1, 2, 2, 1), classes=10):
         super().__init__()
         self.dim, self.classes = 2 * sum(widths), classes

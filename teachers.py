@@ -516,6 +516,13 @@ def fetch(repo, name, flag):
                         "or try sizes and speed with --random_weights")
 
 
+def load_published(module, spec, role, path=None):
+    """The module with its weights from `path`, else from the published file of its role, "net" or "tokenizer"."""
+    flag = {"net": "--teacher_weights", "tokenizer": "--tokenizer_weights"}[role]
+    path = path or fetch(*spec.files[role], flag)
+    return load_state(module, read_weights(path), path)
+
+
 def load_teacher(name, teacher_weights=None, tokenizer_weights=None, random_weights=False, device="cpu"):
     """The frozen teacher called `name`, in eval mode: a Teacher(net, tokenizer, spec).
 
@@ -528,10 +535,8 @@ def load_teacher(name, teacher_weights=None, tokenizer_weights=None, random_weig
         torch.manual_seed(0)                       # random weights are the same in every process and every run
         net, tokenizer = MaskBit(**spec.net), BitTokenizer(**spec.tokenizer)
     if not random_weights:
-        for module, role, path, flag in ((net, "net", teacher_weights, "--teacher_weights"),
-                                         (tokenizer, "tokenizer", tokenizer_weights, "--tokenizer_weights")):
-            path = path or fetch(*spec.files[role], flag)
-            load_state(module, read_weights(path), path)
+        load_published(net, spec, "net", teacher_weights)
+        load_published(tokenizer, spec, "tokenizer", tokenizer_weights)
     tokenizer.to(memory_format=torch.channels_last)                # convolutions a tenth faster
     return Teacher(*(m.to(device).eval().requires_grad_(False) for m in (net, tokenizer)), spec)
 

@@ -511,7 +511,7 @@ def train(c):
             if learning and gan_on:
                 mask = exact_mask(r.ratio_gan, r.scores_gan, least=0)
                 with autocast():
-                    g, loss_gan = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
+                    g, _ = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
                 terms["gan"] = c.w_gan / c.accum * g                                          # l. 14
             if learning:
                 with hold(wrapped["student"], a):

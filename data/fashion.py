@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from teachers import SPECS, BitTokenizer, UserError, fetch, load_state, read_weights  # noqa: E402
+from teachers import SPECS, BitTokenizer, UserError, load_published  # noqa: E402
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -82,8 +82,7 @@ def load_tokenizer(name, path=None, random_weights=False):
     """The frozen tokenizer of the teacher called `name`, without the teacher, which data do not need."""
     tokenizer = BitTokenizer(**SPECS[name].tokenizer)
     if not random_weights:
-        path = path or fetch(*SPECS[name].files["tokenizer"], "--tokenizer_weights")
-        load_state(tokenizer, read_weights(path), path)
+        load_published(tokenizer, SPECS[name], "tokenizer", path)
     return tokenizer.eval().requires_grad_(False)
 
 
