@@ -20,6 +20,7 @@ says assets/fashion/reference.json.
     python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, and its teacher beside it
     python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1          # a sweep; 0 is argmax (Tab. 14)
     python evaluate.py --steps 1 2 4 8 16                        # the teacher alone
+    python evaluate.py --teacher maskgit --steps 8 --order halton             # a published one; Tab. 2's baseline
     torchrun --nproc_per_node=4 evaluate.py --ckpt ... --n 50000
     python evaluate.py --reconstruction                          # the tokenizer: what limits every student
     python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
@@ -48,7 +49,7 @@ from tqdm import tqdm
 import teachers
 from dimo import initial_tokens, student_logits
 from soft_embed import sample_tokens
-from teachers import HERE, SPECS, UserError, decode_tokens, load_state, load_student, load_teacher, read_weights
+from teachers import HERE, SPECS, UserError, decode_tokens, load_state, load_student, load_teacher, read_weights, replacing
 
 ASSETS = os.path.join(HERE, "assets", "fashion")
 
@@ -213,9 +214,9 @@ def load_reference(path, dim, device="cpu"):
 
 
 def load_extractor(spec, device="cpu"):
-    """(extractor, reference) for a teacher's images."""
-    if spec.image != (1, 32, 32):
-        raise UserError(f"no FID for {spec.name}: Inception features are not part of this version yet")
+    """(extractor, reference) for a teacher's images, or (None, None): then images are drawn and timed, not judged."""
+    if spec.image != (1, 32, 32):                     # Inception features are not part of this version yet
+        return None, None
     path = os.path.join(ASSETS, "classifier.safetensors")
     extractor = load_state(FashionNet(), read_weights(path), path).to(device).eval().requires_grad_(False)
     return extractor, load_reference(os.path.join(ASSETS, "reference.npz"), extractor.dim, device)
@@ -233,39 +234,42 @@ def fingerprint(arrays):
 
 # ============================================================================================== generation
 @torch.no_grad()
-def generate_student(teacher, net, labels, *, init_ratio=0.6, noise=0.1, temperature=1.0, generator=None,
-                     seconds=None):
-    """One pass of the generator `net`: labels (B,) -> uint8 images (B, C, H, W). temperature 0 is argmax.
+def generate_student(teacher, net, rows, *, init_ratio=0.6, noise=0.1, temperature=1.0, generator=None, seconds=None):
+    """One pass of the generator `net`: rows (B, ...) of teacher.conditions -> uint8 images (B, C, H, W).
 
-    seconds, a Counter, receives the time of the "tokens" and of the "pixels", the decoder's share.
+    temperature 0 is argmax. seconds, a Counter, receives the time of the "tokens" and of the "pixels", the decoder's.
     """
-    start, device, shape = now(labels.device), labels.device, (len(labels), net.L, net.G)
-    E, bias = teacher.net.tables()
+    start, device, shape = now(rows.device), rows.device, (len(rows), net.L, net.G)
+    (E, bias), cond = net.tables(), teacher.cond(rows)
     tokens = torch.randint(net.V, shape, generator=generator, device=device)
     scores, u = (torch.rand(shape, generator=generator, device=device) for _ in range(2))
-    n = torch.randn(*shape[:2], E.shape[-1], generator=generator, device=device) * teacher.noise_unit()
+    n = torch.randn(*shape[:2], E.shape[-1], generator=generator, device=device) * teacher.noise_unit(net)
     x_init = initial_tokens(tokens, init_ratio, scores, net.V)                                # Alg. 1, l. 4
-    z = student_logits(net, x_init, (labels,), E, bias, noise, n)                             # l. 5: (B, L, G, V)
+    z = student_logits(net, x_init, cond, E, bias, noise, n)                                  # l. 5: (B, L, G, V)
     if not torch.isfinite(z).all():
         raise UserError("the student's logits are not finite: its training diverged, take an earlier checkpoint")
-    return to_pixels(teacher, sample_tokens(z, temperature, u), start, seconds)               # l. 6
+    x = sample_tokens(z, temperature, u).clamp_(max=net.V - 1)                                # l. 6; MaskGit may draw masks
+    return to_pixels(teacher, x, cond, start, seconds)
 
 
 @torch.no_grad()
-def generate_teacher(teacher, labels, steps, *, guidance=None, temperature=None, generator=None, seconds=None):
-    """The multi-step teacher: labels (B,) -> uint8 images (B, C, H, W), with the spec's settings or these."""
-    start, net, settings = now(labels.device), teacher.net, dict(teacher.spec.sampling_for(steps))
-    settings.update({k: v for k, v in (("guidance", guidance), ("temperature", temperature)) if v is not None})
-    draws = lambda i: torch.rand(2, len(labels), net.L, net.G, generator=generator, device=labels.device)
-    x = teachers.sample(net, (labels,), steps, **settings, draws=draws)
-    return to_pixels(teacher, x, start, seconds)
+def generate_teacher(teacher, rows, steps, *, guidance=None, temperature=None, order=None, generator=None, seconds=None):
+    """The multi-step teacher: rows (B, ...) of conditions -> uint8 images, with its published settings or these."""
+    start, net, spec = now(rows.device), teacher.net, teacher.spec
+    plan = spec.plan(net.L * net.G, steps, **spec.steps_of(steps, guidance=guidance, temperature=temperature))
+    if order == "halton" and net.grid is None:
+        raise UserError(f"--order halton needs a grid of tokens, and {spec.name}'s have no place in the image")
+    order = teachers.halton_order(net.grid) if order == "halton" else None
+    draws = lambda i: torch.rand(2, len(rows), net.L, net.G, generator=generator, device=rows.device)
+    cond = teacher.cond(rows)
+    return to_pixels(teacher, teachers.sample(net, cond, plan, order=order, draws=draws), cond, start, seconds)
 
 
-def to_pixels(teacher, x, start, seconds):
-    """Tokens (B, L, G) -> uint8 images, truncated as in the official code; always decoded in float32."""
+def to_pixels(teacher, x, cond, start, seconds):
+    """Tokens (B, L, G) -> uint8 images, truncated or rounded as the teacher's authors do; always decoded in float32."""
     middle = now(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        img = (decode_tokens(teacher.tokenizer, x) * 255).to(torch.uint8)
+        img = (decode_tokens(teacher.tokenizer, x, cond) * 255 + teacher.spec.rounds / 2).to(torch.uint8)
     if seconds is not None:
         seconds.update(tokens=middle - start, pixels=now(x.device) - middle)
     return img
@@ -290,14 +294,15 @@ def all_reduce(t):
 def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, desc=None):
     """All metrics of len(labels) images, as a dict; desc names the progress bar (none without).
 
-    make_images(labels (b,), generator=, seconds=) -> uint8 images; bind the rest with functools.partial. Batch i
-    draws from a generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their
+    labels: conditions, a row an image. make_images(labels (b, ...), generator=, seconds=) -> uint8 images; bind the
+    rest with functools.partial. Without an extractor the images are only made and timed. Batch i draws from a generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their
     order, and the numbers do not depend on the number of processes. (They do depend on `batch`.)
     """
-    device, n = next(extractor.parameters()).device, len(labels)
+    device, n, seconds, timed = labels.device, len(labels), Counter(), 0
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    features, logits = (torch.zeros(n, width, device=device) for width in (extractor.dim, extractor.classes))
-    moments, seconds, timed = Moments(extractor.dim, reference.mu, device), Counter(), 0
+    if extractor is not None:
+        features, logits = (torch.zeros(n, width, device=device) for width in (extractor.dim, extractor.classes))
+        moments = Moments(extractor.dim, reference.mu, device)
     mine = range(rank, math.ceil(n / batch), world)
     for i in tqdm(mine, desc, unit="batch", disable=rank > 0 or desc is None, leave=False, dynamic_ncols=True):
         if i == rank + world:                         # the first batch only warmed caches and kernels up
@@ -306,29 +311,44 @@ def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, 
         part = slice(i * batch, (i + 1) * batch)
         own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
         generator = torch.Generator(device).manual_seed(own_seed)
-        img = make_images(labels[part].to(device), generator=generator, seconds=seconds)
-        features[part], logits[part] = extract(extractor, img)
-        moments.add(features[part])
+        img = make_images(labels[part], generator=generator, seconds=seconds)
         timed += len(img)
-    all_reduce(features), all_reduce(logits)          # each row is zero but on the process that made it
+        if extractor is not None:
+            features[part], logits[part] = extract(extractor, img)
+            moments.add(features[part])
     rates = [timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])]
     rates = all_reduce(torch.tensor(rates, dtype=torch.float64, device=device)).tolist()
 
+    speed = {"images/s": rates[0] or None, "tokens_only/s": rates[1] or None}
+    if extractor is None:
+        return dict(n=n, **speed, seed=seed, batch=batch, processes=world)
+    all_reduce(features), all_reduce(logits)          # each row is zero but on the process that made it
     mu, sigma = moments.result()
     row = dict(n=n, fid=fid(mu, sigma, reference.mu, reference.sigma),
                fid_eigenvalues=fid_eigenvalues(mu, sigma, reference.mu, reference.sigma))
     row["is"], row["is_std"] = inception_score(logits)
     if reference.features is not None:
         row.update(prdc(reference.features, features, k), k=k)
-    row.update({"images/s": rates[0] or None, "tokens_only/s": rates[1] or None}, seed=seed, batch=batch,
-               processes=world, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}",
+    row.update(speed, seed=seed, batch=batch, processes=world, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}",
                reference=reference.name)
     return row
 
 
-def class_labels(n, classes):
-    """0, 1, ..., classes - 1, 0, 1, ...: every class equally often, a column of a sheet each."""
-    return torch.arange(n) % classes
+def in_turn(conditions, n):
+    """n rows of conditions, 0, 1, ..., then from the first again: every class, or prompt, equally often."""
+    return conditions[torch.arange(n, device=conditions.device) % len(conditions)]
+
+
+def read_prompts(path):
+    """The prompts of a text file, one a line, empty lines left out."""
+    try:
+        with open(teachers.local(path), encoding="utf-8") as f:
+            prompts = [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"--prompts {path}: cannot read ({err}); expected a text file, one prompt a line")
+    if not prompts:
+        raise UserError(f"--prompts {path}: no prompt in it; expected a text file, one prompt a line")
+    return prompts
 
 
 # ===================================================================================== tables and pictures
@@ -345,7 +365,7 @@ def table(rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    if small := sorted({row["n"] for row in rows if row["n"] < 10_000}):
+    if small := sorted({row["n"] for row in rows if row["n"] < 10_000 and row.get("fid") is not None}):
         lines += ["", f"N = {', '.join(map(str, small))}: below 10,000, FID is biased upward; compare at equal N."]
 
     timed = lambda kind: [row for row in rows if row.get("kind") == kind and row.get("images/s")]
@@ -358,17 +378,17 @@ def table(rows):
     return "\n".join(lines)
 
 
-def sheet(rows, path, scale=None, columns=10):
+def sheet(rows, path, scale=None, columns=None):
     """A PNG of labelled rows: [(caption, uint8 images (n, C, H, W)), ...], wrapped after `columns` images.
 
-    Pixels are enlarged `scale` times, never smoothed; by default small images become 96 px high.
+    Pixels are enlarged `scale` times, never smoothed; by default small images become 96 px high, and ten fit a row.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     H, W = rows[0][1].shape[2:]
     scale, gap, caption = scale or max(1, 96 // H), 2, 16
     high, wide = scale * H + gap, scale * W + gap
-    columns = min(columns, max(len(img) for _, img in rows))
+    columns = min(columns or max(2, min(10, 2048 // wide)), max(len(img) for _, img in rows))
     heights = [caption + high * math.ceil(len(img) / columns) for _, img in rows]
     page = Image.new("RGB", (wide * columns + gap, sum(heights) + gap), "white")
     draw, top = ImageDraw.Draw(page), 0
@@ -379,14 +399,15 @@ def sheet(rows, path, scale=None, columns=10):
             tile = tile.resize((scale * W, scale * H), Image.Resampling.NEAREST)
             page.paste(tile, (gap + i % columns * wide, top + caption + i // columns * high))
         top += height
-    page.save(path + ".tmp", format="PNG", optimize=True)
-    os.replace(path + ".tmp", path)
+    with replacing(path) as f:
+        page.save(f, format="PNG", optimize=True)
 
 
-def fixed_sample(make_images, spec, device, n=10, seed=0):
-    """n images, spread over the classes, from starts that the seed fixes: what a sheet shows of each model."""
-    labels = torch.arange(n, device=device) * spec.classes // n
-    return make_images(labels, generator=torch.Generator(device).manual_seed(seed))
+def fixed_sample(make_images, conditions, n=10, seed=0):
+    """n images, spread over the conditions, from starts that the seed fixes: what a sheet shows of each model."""
+    device = conditions.device
+    rows = conditions[torch.arange(n, device=device) * len(conditions) // n]
+    return make_images(rows, generator=torch.Generator(device).manual_seed(seed))
 
 
 # ================================================================================== real images: the tiny world
@@ -437,7 +458,8 @@ def make_reference(args):
     right = [extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
     record["test_accuracy"] = (torch.cat(right) == test_labels).double().mean().item()
     test = test.to(args.device)
-    record["test_images"] = evaluate(lambda i, **_: test[i], torch.arange(len(test)), net, reference)
+    record["test_images"] = evaluate(lambda i, **_: test[i], torch.arange(len(test), device=args.device), net,
+                                      reference)
     with open(os.path.join(ASSETS, "reference.json"), "w") as f:
         json.dump(record, f, indent=1)
     print(json.dumps(record, indent=1))
@@ -448,6 +470,9 @@ def reconstruction(teacher, device, n, batch):
     from data.fashion import load_images
 
     net, reference = load_extractor(teacher.spec, device)
+    if net is None:
+        raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not know; for other images: "
+                        f"python teachers.py --check {teacher.spec.name} --images FOLDER")
     for split in ("train", "t10k"):
         img = torch.from_numpy(load_images(split)[0])
         img = img[:: max(1, len(img) // n)][:n].to(device)
@@ -460,7 +485,7 @@ def reconstruction(teacher, device, n, batch):
             return back
 
         for model, make in ((f"real {split}", lambda i, **_: img[i]), (f"{split} reconstructed", rebuild)):
-            row = evaluate(make, torch.arange(len(img)), net, reference, batch, desc=model)
+            row = evaluate(make, torch.arange(len(img), device=device), net, reference, batch, desc=model)
             if make is rebuild:
                 row["psnr"] = 10 * math.log10(255**2 * img.numel() / all_reduce(error).item())
             yield dict(model=model, kind="real", tokenizer=fingerprint(teacher.tokenizer), **row)
@@ -483,22 +508,28 @@ def flags():
     add("--ckpt", nargs="+", default=[], metavar="PATH", help="students: checkpoints of train.py, or bare weights")
     add("--teacher", metavar="NAME", help=f"one of {', '.join(SPECS)}; bare weights are a student of it, too")
     add("--steps", nargs="+", metavar="N", type=number(1, 4096, int),
-        help="evaluate the teacher at these numbers of steps (default: 1 2 4 8 16 without --ckpt, none with it)")
+        help="evaluate the teacher at these numbers of steps (default: its published one without --ckpt, none with it)")
     add("--reconstruction", action="store_true", help="evaluate the tokenizer, on the raw real images")
     add("--teacher_weights", metavar="PATH", help="local file instead of the published one")
     add("--tokenizer_weights", metavar="PATH", help="local file instead of the published one")
+    add("--text_weights", metavar="PATH", help="local file of the text encoder instead of the published one")
+    add("--text_activation", choices=["gelu", "quick_gelu"], help="of the text encoder (MaskGen's is not certain)")
     add("--random_weights", action="store_true", help="a teacher without files, to try memory and speed")
+    add("--prompts", metavar="FILE", default="assets/prompts.txt",
+        help="what to draw with a text teacher, one prompt a line, taken in turn (%(default)s)")
 
     add = ap.add_argument_group("how to sample (default: what the checkpoint says; the teacher's own)").add_argument
     add("--temperature", nargs="+", type=number(0), metavar="T", help="of a student's softmax, a row each")
     add("--init_ratio", type=number(0, 1), help="share of masked units in a student's start")
     add("--noise", type=number(0, 1), help="embedding perturbation of a student's start")
-    add("--guidance", type=number(-100, 1000), help="the teacher's scale s of c + s (c - u); 0 is off")
+    add("--guidance", type=number(-100, 1000), help="the teacher's scale, as its authors count it (teachers.py, *_plan)")
     add("--teacher_temperature", type=number(0), help="noise on the confidence that orders the teacher's tokens")
+    add("--order", choices=["confidence", "halton"], default="confidence",
+        help="which of the teacher's tokens are kept first: its surest, or places by a Halton sequence")
 
     add = ap.add_argument_group("how to measure").add_argument
     add("--n", type=number(10, 10**7, int), default=5000, help="images a row (%(default)s)")
-    add("--batch", type=number(1, 10**5, int), default=250, help="images a batch of one process (%(default)s)")
+    add("--batch", type=number(1, 10**5, int), help="images a batch of one process (250, fewer where images are large)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of everything random (%(default)s)")
     add("--out", default="out/evaluate", help="folder of results.jsonl (appended) and sheet.png (%(default)s)")
 
@@ -512,29 +543,30 @@ def flags():
     return ap
 
 
+FILES = ("teacher_weights", "tokenizer_weights", "text_weights", "text_activation", "random_weights")
+
+
 def models(args, device):
     """One at a time: (teacher, make_images, what a row says of them)."""
-    hashes = lambda t: dict(teacher=t.spec.name, teacher_weights=fingerprint(t.net),
-                            tokenizer=fingerprint(t.tokenizer))
-    name, files = args.teacher, {k: getattr(args, k) for k in ("teacher_weights", "tokenizer_weights", "random_weights")}
+    hashes = lambda t: dict(teacher=t.spec.name, teacher_weights=fingerprint(t.net), tokenizer=fingerprint(t.tokenizer),
+                            **({} if t.text is None else dict(text=fingerprint(t.text))))
+    name, files = args.teacher, {k: getattr(args, k) for k in FILES}
     for path in args.ckpt:
         teacher, net, config = load_student(path, args.teacher, device, **files)
-        name = name or teacher.spec.name
-        start = {k: config.get(k, default) if getattr(args, k) is None else getattr(args, k)
-                 for k, default in (("init_ratio", 0.6), ("noise", 0.1))}
-        for T in args.temperature or [config.get("temperature", 1.0)]:
+        name, config = name or teacher.spec.name, {**teacher.spec.student, **config}
+        files = {k: v or config.get(k) for k, v in files.items()}
+        start = {k: config[k] if getattr(args, k) is None else getattr(args, k) for k in ("init_ratio", "noise")}
+        for T in args.temperature or [config["temperature"]]:
             yield (teacher, functools.partial(generate_student, teacher, net, temperature=T, **start), dict(
                 model=f"student {path}", kind="student", weights=fingerprint(net), steps=1, temperature=T, **start,
                 **hashes(teacher)))
-    steps = args.steps or ([] if args.ckpt or args.reconstruction else [1, 2, 4, 8, 16])
-    if steps:
-        teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
-    for N in steps:
+    if not args.steps and (args.ckpt or args.reconstruction):
+        return
+    teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
+    for N in args.steps or ([1, 2, 4, 8, 16] if teacher.spec.record else [next(iter(teacher.spec.sampling))]):
         given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
-        own = teacher.spec.sampling_for(N)
-        used = {**own, **{k: v for k, v in given.items() if v is not None}}
-        yield (teacher, functools.partial(generate_teacher, teacher, steps=N, **given), dict(
-            model="teacher", kind="teacher", steps=N, **used, **hashes(teacher)))
+        yield (teacher, functools.partial(generate_teacher, teacher, steps=N, order=args.order, **given), dict(
+            model="teacher", kind="teacher", steps=N, order=args.order, **teacher.spec.steps_of(N, **given), **hashes(teacher)))
 
 
 def main(args):
@@ -560,19 +592,23 @@ def main(args):
     # ---------------------------------------------------------------------------------------- a row each
     rows, pictures = [], []
     if args.reconstruction:
-        teacher = load_teacher(args.teacher or "maskbit-tiny", args.teacher_weights, args.tokenizer_weights,
-                               args.random_weights, device)
-        rows += reconstruction(teacher, device, args.n, args.batch)
+        teacher = load_teacher(args.teacher or "maskbit-tiny", device=device, **{k: getattr(args, k) for k in FILES})
+        rows += reconstruction(teacher, device, args.n, args.batch or 250)
     for teacher, make_images, facts in models(args, device):
         extractor, reference = load_extractor(teacher.spec, device)
-        labels = class_labels(args.n, teacher.spec.classes)
+        if extractor is None and first:
+            print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and FID, are not part of this version yet")
+        conditions = teacher.conditions(read_prompts(args.prompts) if teacher.text else None)
+        batch = args.batch or min(250, max(1, 2**14 // teacher.net.L))
         shown = [f"{k} {facts[k]:g}" for k in ("steps", "temperature", "guidance") if k in facts]
         caption = ", ".join([facts["model"], *shown])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            row = evaluate(make_images, labels, extractor, reference, args.batch, args.seed, desc=caption)
-            pictures.append((caption, fixed_sample(make_images, teacher.spec, device, seed=args.seed)))
-        rows.append({**facts, **row})
-    system = dict(dtype="bf16" if args.bf16 else "fp32", pixels="uint8, truncated", labels="each class in turn",
+            row = evaluate(make_images, in_turn(conditions, args.n), extractor, reference, batch, args.seed, desc=caption)
+            shown = fixed_sample(make_images, conditions, n=10 if teacher.spec.image[1] < 100 else 4, seed=args.seed)
+            pictures.append((caption, shown))
+        rows.append({**facts, **row, "labels": f"{args.prompts} in turn" if teacher.text else "each class in turn",
+                     "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"})
+    system = dict(dtype="bf16" if args.bf16 else "fp32",
                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                   torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first:

@@ -39,7 +39,7 @@ class Head(nn.Module):
 
     def __init__(self, features, width, grid):
         super().__init__()
-        Conv, self.grid = (nn.Conv2d if grid else nn.Conv1d), grid
+        Conv, self.grid = (nn.Conv2d if grid else nn.Conv1d), (grid, grid) if isinstance(grid, int) else grid
         groups = 32 if width % 32 == 0 and width >= 256 else 8
         self.net = nn.Sequential(
             Conv(features, width, 3, padding=1), nn.GroupNorm(groups, width), nn.SiLU(),
@@ -48,7 +48,7 @@ class Head(nn.Module):
     def forward(self, h):
         h = h.transpose(1, 2)                                                                 # (B, D, L)
         if self.grid:
-            h = h.unflatten(2, (self.grid, self.grid))                                        # (B, D, grid, grid)
+            h = h.unflatten(2, self.grid)                                                     # (B, D, rows, columns)
         return self.net(h).flatten(2).mean(2)                                                 # (B, width)
 
 

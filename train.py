@@ -34,27 +34,41 @@ from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, in
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
-from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights
+from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights, replacing
 
 # ============================================================================================ settings
 # Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
-# The tiny world's are ours, for 2 cores and minutes instead of 4 H100s and days: larger rates, an auxiliary faster than
+# The tiny worlds' are ours, for 2 cores and minutes instead of 4 H100s and days: larger rates, an auxiliary faster than
 # the student. maskbit-tiny-scratch is Di[M]O from the teacher, and made the theta_0 from which maskbit-tiny goes on.
+# How the student starts and draws (init_ratio, noise, temperature) stands with the teacher, in teachers.SPECS.
 TABLE_5 = {
     "maskbit": dict(
-        teacher="maskbit", batch=256, steps=50_000, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=0.1,
-        optimizer="adam", lr=1e-6, weight_decay=0.0, ema=0.9999,
+        teacher="maskbit", batch=256, steps=50_000, cfg=1.5, beta=0.0, schedule="arccos", lr=1e-6, ema=0.9999,
         w_gan=25.0, gan_ratio=[0.0, 0.95], heads=4, head_width=1024, head_mlp=2048, data="data/imagenet"),
+    # choice: feature noise 0.1; App. H.3 says "a noise perturbation for the features" and not how much
+    "maskgit": dict(
+        teacher="maskgit", batch=256, steps=30_000, cfg=2.0, beta=-0.2, schedule="arccos", lr=1e-5, ema=0.9999,
+        w_gan=100.0, gan_ratio=[0.0, 0.5], heads=4, head_width=1024, head_mlp=2048, feature_noise=0.1, data="data/imagenet"),
+    "meissonic": dict(
+        teacher="meissonic", batch=16, steps=10_000, cfg=4.0, beta=0.0, schedule="cosine", ratio_range=[0.02, 0.98],
+        lr=1e-6, ema=0.9999, checkpointing=True),
+    "maskgen": dict(
+        teacher="maskgen", batch=64, steps=50_000, cfg=4.0, beta=0.0, schedule="arccos", lr=1e-6, ema=0.9999,
+        w_gan=100.0, gan_ratio=[0.0, 0.95], heads=6, head_width=1024, head_mlp=4096),
     "maskbit-tiny-scratch": dict(
-        teacher="maskbit-tiny", batch=64, steps=1500, cfg=1.5, init_ratio=0.6, beta=0.0, schedule="arccos", temperature=1.0,
-        optimizer="adam", lr=3e-4, aux_lr=8e-4, weight_decay=0.0, ema=0.995, warmup=20, lr_end=0.05,
-        w_gan=4.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128, feature_noise=0.1,
-        data="assets/fashion/tokens.npz", log_every=20, eval_every=500, save_every=100),
+        teacher="maskbit-tiny", batch=64, steps=1500, cfg=1.5, beta=0.0, schedule="arccos", lr=3e-4, aux_lr=8e-4,
+        ema=0.995, warmup=20, lr_end=0.05, w_gan=4.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128,
+        feature_noise=0.1, data="assets/fashion/tokens.npz", log_every=20, eval_every=500, save_every=100),
 }
 TABLE_5["maskbit-long"] = dict(TABLE_5["maskbit"], optimizer="adamw", lr=5e-7, weight_decay=0.01, w_gan=200.0)
+TABLE_5["maskgit-512"] = dict(TABLE_5["maskgit"], teacher="maskgit-512")
+TABLE_5["maskgen-xl"] = dict(TABLE_5["maskgen"], teacher="maskgen-xl")
 TABLE_5["maskbit-tiny"] = dict(
     TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=150, student_start=30,
     lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=75, save_every=50)
+for name, prompts in (("maskgit", None), ("meissonic", "assets/prompts.txt"), ("maskgen", "assets/prompts.txt")):
+    TABLE_5[f"{name}-tiny"] = dict(TABLE_5[name], teacher=f"{name}-tiny", batch=8, steps=4, lr=1e-4, head_width=32, head_mlp=32, heads=2,
+                                   gan_start=0, data=None, prompts=prompts, eval_every=4, n_eval=16, log_every=1, save_every=2)
 
 
 def flags():
@@ -88,7 +102,10 @@ def flags():
     g = ap.add_argument_group("teacher")
     add(g, "teacher_weights", None, "local file instead of the published one")
     add(g, "tokenizer_weights", None, "local file instead of the published one")
+    add(g, "text_weights", None, "local file of the text encoder instead of the published one", type=str)
+    add(g, "text_activation", None, "of the text encoder, where its files leave it open", choices=["gelu", "quick_gelu"])
     add(g, "random_weights", False, "no files at all: to try memory and speed")
+    add(g, "prompts", None, "what text teachers are asked for: a text file, one prompt a line; with --gan the data's", type=str)
     add(g, "cfg", 1.5, "teacher guidance w of u + w (c - u)")
     add(g, "cfg_low", 1.0, "where guidance falls to as the mask ratio falls, with --cfg_schedule linear or cosine")
     add(g, "cfg_schedule", "constant", "guidance over the mask ratio (App. I.9)", choices=["constant", "linear", "cosine"])
@@ -98,6 +115,7 @@ def flags():
     add(g, "init_ratio", 0.6, "share of masked units in x_init")
     add(g, "noise", 0.1, "embedding perturbation s of the start")
     add(g, "schedule", "arccos", "mask schedule, student's and auxiliary's", choices=SCHEDULES)
+    add(g, "ratio_range", [0.0, 1.0], "bounds of the mask ratio it gives", nargs=2, type=float, metavar=("A", "B"))
     add(g, "w_t", "one", "w(t) of Eq. 2: one, or 1 / mask ratio", choices=["one", "inverse"])
     add(g, "soft_state", False, "soft embeddings in the forward state x_t (App. I.15)")
     add(g, "smoothing", 0.1, "label smoothing of the auxiliary loss")
@@ -132,6 +150,7 @@ def flags():
     add(g, "device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     add(g, "dtype", "bf16" if torch.cuda.is_available() else "fp32", "autocast; weights stay float32", choices=["bf16", "fp32"])
     add(g, "compile", False, "torch.compile the networks in place")
+    add(g, "checkpointing", False, "recompute activations in the backward pass: memory for time")
     return ap, defaults
 
 
@@ -142,7 +161,7 @@ def settle(given, defaults):
     name = given.get("recipe") or given.get("teacher", defaults["teacher"])
     if name not in TABLE_5:
         raise UserError(f"unknown --recipe {name!r}: expected one of {', '.join(TABLE_5)}")
-    c = argparse.Namespace(**{**defaults, **TABLE_5[name], **given, "recipe": name})
+    c = argparse.Namespace(**{**defaults, **SPECS[TABLE_5[name]["teacher"]].student, **TABLE_5[name], **given, "recipe": name})
     if c.teacher != TABLE_5[name]["teacher"]:
         raise UserError(f"--recipe {name} is for --teacher {TABLE_5[name]['teacher']}, not {c.teacher}")
     c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
@@ -157,13 +176,17 @@ def settle(given, defaults):
     for key in ("noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "lr_end"):
         if getattr(c, key) > 1:
             raise UserError(f"--{key} {getattr(c, key)}: expected at most 1")
-    if not 0 <= c.gan_ratio[0] <= c.gan_ratio[1] <= 1:
-        raise UserError(f"--gan_ratio {c.gan_ratio}: expected 0 <= A <= B <= 1")
+    for key in ("gan_ratio", "ratio_range"):
+        if not 0 <= getattr(c, key)[0] <= getattr(c, key)[1] <= 1:
+            raise UserError(f"--{key} {getattr(c, key)}: expected 0 <= A <= B <= 1")
     if c.w_dimo == 0 and (not c.gan or c.w_gan == 0):
         raise UserError("nothing to train: --w_dimo 0 and no GAN term; add --gan with --w_gan above 0")
     if c.gan and not c.data:
         raise UserError("--gan compares with real images and found none: add --data FOLDER, written by data/imagenet.py "
                         "or data/fashion.py, or leave out --gan")
+    if SPECS[c.teacher].text and not c.gan and not c.prompts:
+        raise UserError(f"{c.teacher} draws what it is told: add --prompts FILE, one prompt a line (the paper's are captions of "
+                        "LAION-Aesthetics; to try it, assets/prompts.txt)")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
     if os.path.exists(os.path.join(c.out, "ckpt.pt")) and not (c.resume or c.overwrite):
@@ -176,26 +199,28 @@ def settle(given, defaults):
 
 
 # ============================================================================================ small pieces
-def draw_step(c, step, first, count, net, device):
+def draw_step(c, step, first, count, net, conditions):
     """Every random choice of one step, for images first .. first + count of its global batch, as a namespace.
 
     All of the global batch is drawn, from a generator seeded by (seed, step) alone, and a slice returned: so the
     choices depend neither on the number of processes nor on restarts. (Dropout, Gumbel and feature noise are drawn
     by each process for itself, seeded by (seed, step, rank).)
     """
+    device = conditions.device
     gen = torch.Generator(device).manual_seed((c.seed + 1) * 1_000_003 + step)
     part = slice(first, first + count)
     rand = lambda *shape: torch.rand(c.batch, *shape, generator=gen, device=device)
     unit = (net.L, net.G)
 
-    def start():       # labels, random tokens, which of them are masked, embedding noise, the uniforms that draw x_theta
-        return dict(labels=torch.randint(net.classes, (c.batch,), generator=gen, device=device)[part],
+    def start():       # conditions, random tokens, which of them are masked, embedding noise, the uniforms that draw x_theta
+        return dict(rows=conditions[torch.randint(len(conditions), (c.batch,), generator=gen, device=device)[part]],
                     tokens=torch.randint(net.V, (c.batch, *unit), generator=gen, device=device)[part],
                     scores=rand(*unit)[part], u=rand(*unit)[part],
                     noise=torch.randn(c.batch, net.L, net.width, generator=gen, device=device)[part])
 
-    r = argparse.Namespace(**start(), ratio=mask_ratio(rand(), c.schedule)[part], scores_t=rand(*unit)[part])
-    ratio_aux = mask_ratio(rand(), c.schedule)
+    ratio = lambda: mask_ratio(rand(), c.schedule).clamp(*c.ratio_range)
+    r = argparse.Namespace(**start(), ratio=ratio()[part], scores_t=rand(*unit)[part])
+    ratio_aux = ratio()
     r.ratio_aux, r.scores_aux = ratio_aux[part], rand(*unit)[part]
     r.aux_units = (ratio_aux * net.L * net.G).round().clamp(min=1).sum()    # masked units of the global batch
     lo, hi = c.gan_ratio
@@ -206,13 +231,15 @@ def draw_step(c, step, first, count, net, device):
 
 
 class RealTokens:
-    """Real tokens x (n, L, G) and labels (n,), memory-mapped, in an order that is a function of (seed, index)."""
+    """Real tokens x (n, L, G), memory-mapped, and their conditions, in an order that is a function of (seed, index)."""
 
-    def __init__(self, path, net, seed):
-        self.x, self.labels = load_tokens(path, net)
+    def __init__(self, path, teacher, seed):
+        self.x, self.labels, prompts = load_tokens(path, teacher)
+        self.conditions = teacher.conditions(prompts)
         self.seed, self.epoch, self.order = seed, None, None
 
-    def batch(self, start, count, device):
+    def batch(self, start, count):
+        """Tokens (count, L, G), and the rows of `conditions` that they belong to."""
         rows = []
         for i in range(start, start + count):
             epoch, k = divmod(i, len(self.labels))
@@ -220,31 +247,42 @@ class RealTokens:
                 self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
                 self.epoch = epoch
             rows.append(self.order[k])
-        x, labels = self.x[rows].astype(np.int64), self.labels[rows].astype(np.int64)
-        return torch.from_numpy(x).to(device), torch.from_numpy(labels).to(device)
+        x, labels = (torch.from_numpy(a[rows].astype(np.int64)) for a in (self.x, self.labels))
+        return x.to(self.conditions.device), self.conditions[labels.to(self.conditions.device)]
 
 
-def load_tokens(path, net):
-    """(tokens (n, L, G), labels (n,)) of a folder that data/*.py wrote, memory-mapped, or of a packed .npz."""
+def load_tokens(path, teacher):
+    """(tokens (n, L, G), labels (n,), prompts) of a folder that data/*.py wrote, memory-mapped, or of a packed .npz.
+
+    For a text teacher a label is the line of prompts.txt beside the tokens; otherwise prompts is None.
+    """
+    net, text, prompts = teacher.net, teacher.text is not None, None
     path, meta = local(path), {}
     try:
         if os.path.isdir(path):
             x, labels = (np.load(os.path.join(path, f"{k}.npy"), mmap_mode="r") for k in ("tokens", "labels"))
             with open(os.path.join(path, "meta.json")) as f:
                 meta = json.load(f)
+            if text:
+                with open(os.path.join(path, "prompts.txt"), encoding="utf-8") as f:
+                    prompts = f.read().splitlines()
         else:
             with np.load(path) as f:
                 x, labels = f["tokens"], f["labels"]
                 meta = json.loads(str(f["meta"])) if "meta" in f else {}
+                prompts = f["prompts"].tolist() if text else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-        raise UserError(f"--data {path}: cannot read real tokens ({err}); prepare them with data/fashion.py or data/imagenet.py")
+        raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them with "
+                        "data/fashion.py or data/imagenet.py" + "; each label is a line of prompts.txt" * text)
     if not meta.get("complete", True):
         raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
     if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
         raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n labels, got {x.shape} "
                         f"and {labels.shape}{meta.get('teacher', '') and ' of ' + meta['teacher']}; were they made with "
                         "this teacher's tokenizer?")
-    return x, labels
+    if int(labels.max()) >= (known := len(prompts) if text else teacher.spec.classes):
+        raise UserError(f"--data {path}: label {int(labels.max())}, but {known} {'prompts' if text else 'classes'}")
+    return x, labels, prompts
 
 
 def lr_factor(n, warmup, steps, end=1.0):
@@ -279,16 +317,12 @@ def update(opt, params, clip, lr):
 
 def save_checkpoint(path, state):
     """Write beside the old checkpoint, then rename: a kill or a full disk at any moment leaves the old one whole."""
-    tmp = f"{path}.tmp"
     try:
-        with open(tmp, "wb") as f:
+        with replacing(path) as f:
             torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
     except (OSError, RuntimeError) as err:            # torch's own writer reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
-            os.remove(tmp)
+            os.remove(f"{path}.tmp")
         raise UserError(f"could not write {path} ({err}); is the disk full? The previous checkpoint is untouched: "
                         "make room and go on with --resume")
 
@@ -302,9 +336,8 @@ def trim_log(path, step):
                 with contextlib.suppress(ValueError):
                     if json.loads(line).get("step", 0) <= step:
                         keep.append(line)
-        with open(path + ".tmp", "w") as f:
-            f.writelines(keep)
-        os.replace(path + ".tmp", path)
+        with replacing(path) as f:
+            f.write("".join(keep).encode())
 
 
 def logged(path):
@@ -315,19 +348,29 @@ def logged(path):
         return [row for row in map(json.loads, f) if "fid" in row]
 
 
+def autocast(c):
+    return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bf16")
+
+
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
 # ============================================================================================== evaluation
-def student_row(c, teacher, net, model, metrics, say):
+def student_row(c, teacher, net, model, conditions, metrics, say):
     """One row of results for a one-step generator, on all processes together; None without an extractor."""
-    if metrics is None or not c.n_eval:
+    if metrics[0] is None or not c.n_eval:
         return None
-    labels = ev.class_labels(c.n_eval, teacher.spec.classes)
-    row = ev.evaluate(one_step(c, teacher, net), labels, *metrics, desc=model if say is print else None)
+    rows = ev.in_turn(conditions, c.n_eval)
+    row = ev.evaluate(one_step(c, teacher, net), rows, *metrics, desc=model if say is print else None)
     say(f"{model}: FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}")
     return dict(model=model, kind="student", steps=1, temperature=c.temperature, **row)
+
+
+def show(c, make, teacher, conditions):
+    """The pictures of a strip, from starts that are the same at every look."""
+    with autocast(c):
+        return ev.fixed_sample(make, conditions, n=20 if teacher.spec.image[1] < 100 else 4)
 
 
 def one_step(c, teacher, net):
@@ -335,37 +378,39 @@ def one_step(c, teacher, net):
                              temperature=c.temperature)
 
 
-def finish(c, teacher, start, student, rows, metrics, say):
+def finish(c, teacher, start, student, rows, conditions, metrics, say):
     """The end of a run: weights in float16 for others to load, a picture, and a table against the teacher's steps.
 
-    The teacher's quality is read from the record that ships with it (minutes to make: evaluate.py --steps ...); its
+    start is the strip of pictures with which the run began. The teacher's quality is read from the record that ships with it (minutes to make: evaluate.py --steps ...); its
     speed is measured here, on 500 images in batches like the student's: the ratio depends on the machine.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    device, first = next(student.parameters()).device, say is print
+    first = say is print
     if first:
         path = os.path.join(c.out, "student.safetensors")
-        save_file({k: v.half().cpu().contiguous() for k, v in student.state_dict().items()}, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with replacing(path) as f:
+            f.write(save({k: v.half().cpu().contiguous() for k, v in student.state_dict().items()}))
         say(f"wrote {path}")
     if not c.eval_every:
         return
-    many = functools.partial(ev.generate_teacher, teacher, steps=16)
+    steps = next(iter(teacher.spec.sampling))
+    many = functools.partial(ev.generate_teacher, teacher, steps=steps)
     if first:
-        show = lambda make: ev.fixed_sample(make, teacher.spec, device, n=20)
-        ev.sheet([("teacher, 16 guided steps", show(many)), ("start of this run, 1 step", show(one_step(c, teacher, start))),
-                  ("student, 1 step", show(one_step(c, teacher, student)))], os.path.join(c.out, "picture.png"))
+        ev.sheet([(f"teacher, {steps} guided steps", show(c, many, teacher, conditions)), ("start of this run, 1 step", start),
+                  ("student, 1 step", show(c, one_step(c, teacher, student), teacher, conditions))],
+                 os.path.join(c.out, "picture.png"))
         say(f"wrote {c.out}/picture.png")
-    if metrics is None or not rows:
+    if not rows:
         return
-    timed = ev.evaluate(many, ev.class_labels(500, teacher.spec.classes), *metrics, desc="timing the teacher" if first else None)
+    with autocast(c):
+        timed = ev.evaluate(many, ev.in_turn(conditions, 500), *metrics, desc="timing the teacher" if first else None)
     shipped = []
     if teacher.spec.record:
         with open(local(teacher.spec.record)) as f:
             shipped = [dict(json.loads(line), model="teacher, shipped record") for line in f]
     for row in shipped:
-        row.update({k: timed[k] if row["steps"] == 16 else None for k in ("images/s", "tokens_only/s")})
+        row.update({k: timed[k] if row["steps"] == steps else None for k in ("images/s", "tokens_only/s")})
     rows = [row for row in shipped if row["n"] == c.n_eval] + rows
     if first:
         with open(os.path.join(c.out, "results.jsonl"), "w") as f:
@@ -386,35 +431,43 @@ def train(c):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")        # TF32 where a GPU has it, for what stays in float32
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bf16")
     say = print if rank == 0 else lambda *a, **k: None
     micro = c.batch // (world * c.accum)              # images a forward pass
 
     # -------------------------------------------------------------------------- the networks (Alg. 1, l. 1)
-    teacher = load_teacher(c.teacher, c.teacher_weights, c.tokenizer_weights, c.random_weights, device)
+    teacher = load_teacher(c.teacher, c.teacher_weights, c.tokenizer_weights, c.random_weights, device, c.text_weights,
+                           c.text_activation)
     net, spec = teacher.net, teacher.spec
     E, bias = net.tables()                            # frozen, so one table serves teacher, student and auxiliary
     unit = teacher.noise_unit()
     student = copy.deepcopy(net)
     if c.init_from and c.init_from != "teacher":
         load_state(student, read_weights(local(c.init_from)), c.init_from)
-    aux, ema, theta_0 = copy.deepcopy(net), copy.deepcopy(student), copy.deepcopy(student)
+    aux, ema = copy.deepcopy(net), copy.deepcopy(student)
     for m in (student, aux):
         m.requires_grad_(True).set_dropout(c.dropout).train()
         for p in m.frozen():
             p.requires_grad_(False)
+    if c.dtype == "bf16":
+        net.halve()                                   # frozen: half the memory, no cast in every pass, the same results
+    for m in (net, student, aux, teacher.tokenizer):
+        m.set_checkpointing(c.checkpointing)
     nets = {"student": student, "aux": aux}
     if c.gan:
-        real_data = RealTokens(c.data, net, c.seed)
+        real_data = RealTokens(c.data, teacher, c.seed)
         torch.manual_seed(c.seed)                     # the heads' initial weights, the same on every process
         layers = head_layers(net.depth, c.heads)
-        disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, spec.grid).to(device)
+        disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid).to(device)
+    conditions = real_data.conditions if c.gan else teacher.conditions(ev.read_prompts(c.prompts) if spec.text else None)
 
     params = {k: [p for p in m.parameters() if p.requires_grad] for k, m in nets.items()}
     rates = {"student": c.lr, "aux": c.aux_lr, "disc": c.disc_lr}
     betas = {"student": (0.9, 0.999), "aux": (0.9, 0.999), "disc": (0.0, 0.999)}
     Opt = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[c.optimizer]
     opts = {k: Opt(params[k], rates[k], betas[k], eps=1e-6, weight_decay=c.weight_decay, fused=True) for k in nets}
+
+    start = show(c, one_step(c, teacher, student.eval()), teacher, conditions) if rank == 0 and c.eval_every else None
+    student.train()
 
     # ------------------------------------------------------------------------------------ files and resuming
     ckpt_path, log_path = os.path.join(c.out, "ckpt.pt"), os.path.join(c.out, "log.jsonl")
@@ -448,20 +501,18 @@ def train(c):
                 f.write(json.dumps(row) + "\n")
 
     # ------------------------------------------------------------------------------------------ evaluation
-    try:
-        metrics = ev.load_extractor(spec, device)
-    except UserError as err:
-        metrics = None
-        say(f"{err}; samples are drawn, no FID")
+    metrics = ev.load_extractor(spec, device)
+    if metrics[0] is None:
+        say(f"{spec.name}: samples are drawn, not judged; Inception features, and FID, are not part of this version yet")
     rows = logged(log_path)                           # of the part before a resume
 
     def look(model, net, step):
         """FID, a line in the log, and a strip of samples from starts that are the same at every look."""
-        if row := student_row(c, teacher, net, model, metrics, say):
+        if row := student_row(c, teacher, net, model, conditions, metrics, say):
             rows.append(row)
             log(dict(step=step, **row))
         if rank == 0:
-            ev.sheet([(model, ev.fixed_sample(one_step(c, teacher, net), spec, device, n=20))],
+            ev.sheet([(model, show(c, one_step(c, teacher, net), teacher, conditions))],
                      os.path.join(c.out, f"samples_{step:06d}.png"))
 
     # --------------------------------------------------------------------------------- compile, then wrap
@@ -469,7 +520,7 @@ def train(c):
         for m in (net, *nets.values()):
             m.compile()
     # Where gradients must be averaged, call the DDP wrapper; calling the bare module silently trains each rank alone.
-    wrapped = {k: DDP(m, [device.index] if device.type == "cuda" else None) if world > 1 else m for k, m in nets.items()}
+    wrapped = {k: DDP(m, [device.index] if device.type == "cuda" else None, broadcast_buffers=False) if world > 1 else m for k, m in nets.items()}
     # Under accumulation gradients travel once a step, with the last micro-batch.
     hold = lambda m, a: contextlib.nullcontext() if world == 1 or a == c.accum - 1 else m.no_sync()
 
@@ -477,7 +528,7 @@ def train(c):
     bar = tqdm(range(first_step, c.steps), initial=first_step, total=c.steps, unit="step", disable=rank > 0,
                dynamic_ncols=True)
     if c.eval_every and first_step == 0:
-        look("start of this run", theta_0, 0)
+        look("start of this run", ema, 0)
     bad, tick, ticked = 0, time.time(), first_step
     for step in bar:
         logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
@@ -486,15 +537,15 @@ def train(c):
         gan_on = c.gan and c.w_gan > 0 and step >= c.gan_start
         learning = step >= c.student_start and (c.w_dimo > 0 or gan_on)
         firsts = [(a * world + rank) * micro for a in range(c.accum)]
-        batches = [draw_step(c, step, first, micro, net, device) for first in firsts]
+        batches = [draw_step(c, step, first, micro, net, conditions) for first in firsts]
 
         # --- Generate logits z_theta and tokens x_theta, update the generator (l. 3-18)
         for a, (r, first) in enumerate(zip(batches, firsts)):
             if c.gan:      # choice: real images bring the labels, so that real and fake share them (App. H.3)
-                r.x_real, r.labels = real_data.batch(step * c.batch + first, micro, device)
-            cond = (r.labels,)
+                r.x_real, r.rows = real_data.batch(step * c.batch + first, micro)
+            r.cond = cond = teacher.cond(r.rows)
             x_init = initial_tokens(r.tokens, c.init_ratio, r.scores, net.V)                  # l. 4
-            with autocast(), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
+            with autocast(c), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
                 model = wrapped["student"] if learning else student
                 z = student_logits(model, x_init, cond, E, bias, c.noise, r.noise * unit)     # l. 5: (B, L, G, V)
             r.z, r.x = z.detach(), sample_tokens(z.detach(), u=r.u)                           # l. 6
@@ -505,12 +556,12 @@ def train(c):
                        else embed_tokens(r.x.masked_fill(mask, net.V), E, bias))
                 w = c.cfg if c.cfg_schedule == "constant" else guidance_scale(r.ratio, c.cfg, c.cfg_low, c.cfg_schedule)
                 weight = 1.0 if c.w_t == "one" else 1 / r.ratio
-                with autocast():
+                with autocast(c):
                     g = dimo_grad(net, aux, e_t, cond, mask, w, c.beta, weight)               # l. 9-11
                 terms["dimo"] = c.w_dimo / (micro * c.accum) * g      # DDP's average makes this a sum / global batch
             if learning and gan_on:
                 mask = exact_mask(r.ratio_gan, r.scores_gan, least=0)
-                with autocast():
+                with autocast(c):
                     g, _ = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
                 terms["gan"] = c.w_gan / c.accum * g                                          # l. 14
             if learning:
@@ -526,16 +577,16 @@ def train(c):
         # --- Update the auxiliary, an MDM of the student's tokens (l. 19-21)
         for a, r in enumerate(batches):
             if c.redraw:   # choice: off, x_theta is used again (l. 20); the official code draws all anew, from the new theta
-                r.labels = r.again.labels if not c.gan else r.labels
+                r.cond = r.cond if c.gan else teacher.cond(r.again.rows)
                 x_init = initial_tokens(r.again.tokens, c.init_ratio, r.again.scores, net.V)
-                with torch.no_grad(), autocast():
-                    z = student_logits(student, x_init, (r.labels,), E, bias, c.noise, r.again.noise * unit)
+                with torch.no_grad(), autocast(c):
+                    z = student_logits(student, x_init, r.cond, E, bias, c.noise, r.again.noise * unit)
                 x = sample_tokens(z, u=r.again.u)
             else:
                 z, x = r.z, r.x
             mask = exact_mask(r.ratio_aux, r.scores_aux)                                      # l. 20
-            with autocast(), hold(wrapped["aux"], a):
-                z_aux = wrapped["aux"](embed_tokens(x.masked_fill(mask, net.V), E, bias), (r.labels,))
+            with autocast(c), hold(wrapped["aux"], a):
+                z_aux = wrapped["aux"](embed_tokens(x.masked_fill(mask, net.V), E, bias), r.cond)
                 loss_aux = aux_loss(z_aux, x, mask, c.smoothing, r.aux_units / world, z, c.soft_target)
                 loss_aux.backward()                                                           # Eq. (1), l. 21
         norms["aux"], ok = update(opts["aux"], params["aux"], c.clip, rates["aux"] * factor)
@@ -545,8 +596,8 @@ def train(c):
         if c.gan:
             for a, r in enumerate(batches):
                 mask = exact_mask(r.ratio_disc, r.scores_disc, least=0)                       # l. 23: one for both
-                with autocast(), hold(wrapped["disc"], a):
-                    d_real, d_fake = disc_logits(r.z, r.x_real, wrapped["disc"], net, (r.labels,), mask, E, bias,
+                with autocast(c), hold(wrapped["disc"], a):
+                    d_real, d_fake = disc_logits(r.z, r.x_real, wrapped["disc"], net, r.cond, mask, E, bias,
                                                  c.estimator, c.tau, c.feature_noise)
                     loss_disc = disc_loss(d_real, d_fake)                                     # Eq. (7), l. 25
                     (loss_disc / c.accum).backward()
@@ -581,7 +632,7 @@ def train(c):
         if (step + 1) % c.save_every == 0 or last_step:
             checkpoint(step + 1)
 
-    finish(c, teacher, theta_0, ema, rows, metrics, say)
+    finish(c, teacher, start, ema, rows, conditions, metrics, say)
 
 
 def main():

@@ -21,7 +21,6 @@ import os
 import struct
 import sys
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from teachers import SPECS, BitTokenizer, UserError, load_published  # noqa: E402
+from teachers import SPECS, UserError, build, replacing  # noqa: E402
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -80,10 +79,7 @@ def download(root=os.path.join(HERE, "fashion_raw")):
 # ================================================================================================ the tokens
 def load_tokenizer(name, path=None, random_weights=False):
     """The frozen tokenizer of the teacher called `name`, without the teacher, which data do not need."""
-    tokenizer = BitTokenizer(**SPECS[name].tokenizer)
-    if not random_weights:
-        load_published(tokenizer, SPECS[name], "tokenizer", path)
-    return tokenizer.eval().requires_grad_(False)
+    return build(SPECS[name], "tokenizer", path, random_weights).eval().requires_grad_(False)
 
 
 def describe(tokenizer, name, source):
@@ -98,16 +94,6 @@ def describe(tokenizer, name, source):
 
 def token_dtype(V):
     return np.dtype(np.uint8 if V <= 256 else np.uint16)
-
-
-@contextmanager
-def replacing(path):
-    """A file to write, which takes the name `path` only when all of it is on the disk."""
-    with open(path + ".tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def write_folder(out, tokens, labels, meta):

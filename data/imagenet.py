@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from data.fashion import describe, load_tokenizer, replacing, token_dtype  # noqa: E402
-from teachers import SPECS, UserError  # noqa: E402
+from data.fashion import describe, load_tokenizer, token_dtype  # noqa: E402
+from teachers import SPECS, UserError, replacing  # noqa: E402
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAYS = ("tokens.npy", "labels.npy")
@@ -179,7 +179,6 @@ def main(args):
         raise UserError(f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), {args.teacher} "
                         f"knows {spec.classes}: the labels would not mean what it learned"
                         + ("; --allow_other_classes goes on all the same" if len(classes) < spec.classes else ""))
-    torch.manual_seed(args.seed)                      # for --random_weights
     tokenizer = load_tokenizer(args.teacher, args.tokenizer_weights, args.random_weights).to(args.device)
     K, paths = 1 + args.flip + args.crops, [os.path.join(args.out, name) for name in ARRAYS]
 
@@ -246,11 +245,12 @@ def main(args):
 def parser():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("folder", help="one subfolder per class, images in them")
-    ap.add_argument("--teacher", default="maskbit", choices=SPECS)
+    ap.add_argument("--teacher", default="maskbit", choices=[k for k, spec in SPECS.items() if spec.classes],
+                    help="whose tokenizer, size and classes (%(default)s)")
     ap.add_argument("--out", default=os.path.join(HERE, "imagenet"), help="folder to write")
     ap.add_argument("--flip", action="store_true", help="add every image mirrored")
     ap.add_argument("--crops", type=int, default=0, metavar="K", help="add K random-resized crops of every image")
-    ap.add_argument("--seed", type=int, default=0, help="of the crops, and of --random_weights")
+    ap.add_argument("--seed", type=int, default=0, help="of the crops")
     ap.add_argument("--allow_other_classes", action="store_true", help="fewer classes than the teacher's are no error")
     ap.add_argument("--overwrite", action="store_true", help="begin anew in a folder that already holds tokens")
     ap.add_argument("--tokenizer_weights", metavar="PATH", help="local file instead of the published one")

@@ -1,0 +1,156 @@
+"""How the tiny worlds' tokenizers and teachers were made: the published classes, trained at small size on real images.
+
+    python data/tiny.py --train_tokenizer    # assets/fashion/tokenizer.safetensors, from the photographs
+    python data/tiny.py --train_mdm          # assets/fashion/teacher.safetensors, from their tokens
+
+README, "The tiny world", has the settings, times and results. Each file's record lies beside it, as JSON.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from data.fashion import load_images  # noqa: E402
+from dimo import mask_ratio  # noqa: E402
+from soft_embed import embed_tokens  # noqa: E402
+from teachers import SPECS, BitTokenizer, MaskBit, UserError, bits_of, decode_tokens, replacing  # noqa: E402
+
+
+def fit(model, loss_fn, steps, lr, betas=(0.9, 0.99), weight_decay=0.01, ema_decay=0.999, bf16=False):
+    """Minimise loss_fn() for `steps` steps of AdamW, warm-up then cosine; leaves the average of the weights."""
+    opt = torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay)
+    factor = lambda n: min(1.0, (n + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * n / steps)) / 2)
+    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    bar = tqdm(range(steps), mininterval=5, unit="step")
+    device = next(model.parameters()).device.type
+    for n in bar:
+        for group in opt.param_groups:
+            group["lr"] = lr * factor(n)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss, log = loss_fn()
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        rate = min(ema_decay, (1 + n) / (10 + n))
+        for k, v in model.state_dict().items():
+            ema[k].lerp_(v, 1 - rate)
+        if n % 50 == 0:
+            bar.set_postfix_str(" ".join(f"{k} {float(v):.4f}" for k, v in log.items()))
+    model.load_state_dict(ema)
+    return model.eval()
+
+
+def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
+    """Reconstruction of pixels and edges, commitment, and LFQ's entropy term.
+
+    Each latent channel gives its bit a probability, sigmoid(4 z). Every position should be sure of its bits (low
+    entropy of each), and the batch should use all codes (high entropy of the mean over the joint 2^bits codes, which
+    factorises per position into the two groups). Without the second term a sign quantiser keeps a handful of codes.
+    """
+    z = tok.encoder(img).float()                                                              # (B, bits, h, w)
+    sign = torch.where(z > 0, 1.0, -1.0)
+    out = tok.decoder(z + (sign - z).detach()).float()                                        # straight-through
+    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
+    recon = (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
+    commit = (z - sign).square().mean()
+    p = torch.sigmoid(4 * z).flatten(2).transpose(1, 2).reshape(-1, tok.bits).clamp(1e-6, 1 - 1e-6)    # (N, bits)
+    sure = -(p * p.log() + (1 - p) * (1 - p).log()).sum(1).mean()
+    n, on = tok.bits // tok.G, (bits_of(torch.arange(tok.V, device=p.device), tok.bits // tok.G) > 0).float()
+    groups = [(p_g.log() @ on.T + (1 - p_g).log() @ (1 - on).T).exp() for p_g in p.split(n, 1)]        # (N, V) each
+    joint = groups[0].T @ groups[-1] / len(p) if tok.G == 2 else groups[0].mean(0)
+    used = -(joint * (joint + 1e-12).log()).sum()
+    loss = recon + w_commit * commit + w_entropy * (sure - used)
+    return loss, dict(recon=recon.detach(), sure=sure.detach(), used=used.detach())
+
+
+def mdm_loss(net, x, labels, dropout_label=0.1):
+    """Eq. 1 as MaskBit trains: label-smoothed cross-entropy over all units, each masked with its image's ratio."""
+    ratio = mask_ratio(torch.rand(len(x), device=x.device), "arccos")
+    x_t = torch.where(torch.rand(x.shape, device=x.device) < ratio[:, None, None], net.V, x)
+    cond = torch.where(torch.rand(len(x), device=x.device) < dropout_label, net.classes, labels)
+    z = net(embed_tokens(x_t, *net.tables()), (cond,))
+    ce = F.cross_entropy(z.flatten(0, 2), x.flatten(), reduction="none", label_smoothing=0.1)
+    masked = (x_t == net.V).flatten()
+    return ce.mean(), dict(all=ce.detach().mean(), masked=(ce.detach() * masked).sum() / masked.sum())
+
+
+@torch.no_grad()
+def codebook_report(tok, img):
+    """PSNR of the reconstruction in dB, codes used, and their perplexity, over uint8 images (N, C, H, W)."""
+    error, count = 0.0, torch.zeros(2**tok.bits)
+    for part in img.split(500):
+        part = part.float() / 255
+        x = tok.encode(part)
+        error += (decode_tokens(tok, x) - part).square().sum().item()
+        shift = torch.arange(tok.G, device=x.device) * (tok.bits // tok.G)
+        count += torch.bincount((x << shift).sum(-1).flatten().cpu(), minlength=2**tok.bits)
+    p = count / count.sum()
+    return dict(psnr=-10 * math.log10(error / img.numel()), codes_used=int((count > 0).sum()), codes=2**tok.bits,
+                perplexity=math.exp(-(p * (p + 1e-12).log()).sum()))
+
+
+def make_tiny(args):
+    """Train the tiny tokenizer or the tiny teacher, and write float16 safetensors with a record beside them."""
+    from safetensors.torch import save
+
+    torch.manual_seed(args.seed)
+    spec, start = SPECS["maskbit-tiny"], time.time()
+    if args.train_tokenizer:
+        img = torch.from_numpy(load_images()[0])
+        model = BitTokenizer(**spec.tokenizer).to(args.device, memory_format=torch.channels_last)
+
+        def loss_fn():
+            part = img[torch.randint(len(img), (args.batch,))].to(args.device).float() / 255
+            return tokenizer_loss(model, part.contiguous(memory_format=torch.channels_last))
+    else:
+        with np.load(os.path.join(ROOT, "assets/fashion/tokens.npz")) as f:
+            x, labels = torch.from_numpy(f["tokens"]).long(), torch.from_numpy(f["labels"]).long()
+        model = MaskBit(**spec.net, dropout=args.dropout).to(args.device)
+
+        def loss_fn():
+            i = torch.randint(len(x), (args.batch,))
+            return mdm_loss(model, x[i].to(args.device), labels[i].to(args.device))
+
+    fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16)
+    path = os.path.join(ROOT, spec.files["tokenizer" if args.train_tokenizer else "net"][1])
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with replacing(path) as f:
+        f.write(save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
+    record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
+    if args.train_tokenizer:
+        record.update(codebook_report(model.half().float(), torch.from_numpy(load_images("t10k")[0])))
+    with replacing(path.replace(".safetensors", ".json")) as f:
+        f.write(json.dumps(record, indent=1).encode())
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--train_tokenizer", action="store_true", help="train the tiny tokenizer on Fashion-MNIST")
+    ap.add_argument("--train_mdm", action="store_true", help="train the tiny teacher on the tokens in assets/")
+    ap.add_argument("--steps", type=int, default=6000)
+    ap.add_argument("--batch", type=int, default=64)
+    ap.add_argument("--lr", type=float, default=2e-3)
+    ap.add_argument("--dropout", type=float, default=0.0)
+    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--bf16", action="store_true", help="bfloat16 autocast (fast on CPUs with AMX and on GPUs)")
+    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = ap.parse_args()
+    if args.train_tokenizer == args.train_mdm:
+        ap.exit(2, "tiny.py: name one of --train_tokenizer and --train_mdm\n")
+    try:
+        make_tiny(args)
+    except UserError as err:
+        ap.exit(2, f"tiny.py: {err}\n")
