@@ -68,7 +68,8 @@ def initial_tokens(tokens, ratio, scores, V):
 def perturb(e, s, noise):
     """Embedding perturbation of the start, s n + sqrt(1 - s^2) e, before positions are added; noise n is like e.
 
-    It is in the official Di[M]O code, though not in the paper: continuous randomness on top of random tokens.
+    It is in the official Di[M]O code, though not in the paper: continuous randomness on top of random tokens. The
+    networks apply it themselves, for Meissonic's place for it is behind its input projection.
     """
     return s * noise + math.sqrt(1 - s**2) * e
 
@@ -76,7 +77,7 @@ def perturb(e, s, noise):
 def student_logits(net, x_init, cond, E, bias, s=0.0, noise=None):
     """The one forward pass of the generator: z_theta(x_init, cond), (B, L, G, V), without guidance (Alg. 1, l. 5)."""
     e = embed_tokens(x_init, E, bias)                                                         # (B, L, d)
-    return net(perturb(e, s, noise) if s else e, cond)
+    return net(e, cond, s=s, noise=noise) if s else net(e, cond)
 
 
 # --------------------------------------------------------------------------- teacher guidance

@@ -256,7 +256,7 @@ def generate_student(teacher, net, rows, *, init_ratio=0.6, noise=0.1, temperatu
 def generate_teacher(teacher, rows, steps, *, guidance=None, temperature=None, order=None, generator=None, seconds=None):
     """The multi-step teacher: rows (B, ...) of conditions -> uint8 images, with its published settings or these."""
     start, net, spec = now(rows.device), teacher.net, teacher.spec
-    plan = spec.plan(net.L * net.G, steps, **spec.steps_of(steps, guidance=guidance, temperature=temperature))
+    plan = spec.plan(net.L * net.G, steps, **spec.settings(steps, guidance=guidance, temperature=temperature))
     if order == "halton" and net.grid is None:
         raise UserError(f"--order halton needs a grid of tokens, and {spec.name}'s have no place in the image")
     order = teachers.halton_order(net.grid) if order == "halton" else None
@@ -353,15 +353,16 @@ def read_prompts(path):
 
 # ===================================================================================== tables and pictures
 COLUMNS = {"steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
-           "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".0f",
-           "tokens_only/s": ".0f"}                               # key of a row: how it is printed
+           "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".1f",
+           "tokens_only/s": ".1f"}                               # key of a row: how it is printed
 
 
 def table(rows):
     """Markdown: a line for each row of `evaluate` (plus model, steps, temperature, guidance), and notes below."""
+    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
     cell = lambda row, key: format(row[key], COLUMNS[key]) if row.get(key) is not None else "-"
-    lines = [["model", *(key.replace("_", " ") for key in COLUMNS)]]
-    lines += [[row.get("model", "-"), *(cell(row, key) for key in COLUMNS)] for row in rows]
+    lines = [["model", *(key.replace("_", " ") for key in columns)]]
+    lines += [[row.get("model", "-"), *(cell(row, key) for key in columns)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -528,7 +529,7 @@ def flags():
         help="which of the teacher's tokens are kept first: its surest, or places by a Halton sequence")
 
     add = ap.add_argument_group("how to measure").add_argument
-    add("--n", type=number(10, 10**7, int), default=5000, help="images a row (%(default)s)")
+    add("--n", type=number(1, 10**7, int), default=5000, help="images a row (%(default)s)")
     add("--batch", type=number(1, 10**5, int), help="images a batch of one process (250, fewer where images are large)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of everything random (%(default)s)")
     add("--out", default="out/evaluate", help="folder of results.jsonl (appended) and sheet.png (%(default)s)")
@@ -566,7 +567,7 @@ def models(args, device):
     for N in args.steps or ([1, 2, 4, 8, 16] if teacher.spec.record else [next(iter(teacher.spec.sampling))]):
         given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
         yield (teacher, functools.partial(generate_teacher, teacher, steps=N, order=args.order, **given), dict(
-            model="teacher", kind="teacher", steps=N, order=args.order, **teacher.spec.steps_of(N, **given), **hashes(teacher)))
+            model="teacher", kind="teacher", steps=N, order=args.order, **teacher.spec.settings(N, **given), **hashes(teacher)))
 
 
 def main(args):
@@ -596,6 +597,8 @@ def main(args):
         rows += reconstruction(teacher, device, args.n, args.batch or 250)
     for teacher, make_images, facts in models(args, device):
         extractor, reference = load_extractor(teacher.spec, device)
+        if extractor is not None and args.n < 10:
+            raise UserError(f"--n {args.n}: statistics need 10 images at least")
         if extractor is None and first:
             print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and FID, are not part of this version yet")
         conditions = teacher.conditions(read_prompts(args.prompts) if teacher.text else None)
@@ -604,7 +607,7 @@ def main(args):
         caption = ", ".join([facts["model"], *shown])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             row = evaluate(make_images, in_turn(conditions, args.n), extractor, reference, batch, args.seed, desc=caption)
-            shown = fixed_sample(make_images, conditions, n=10 if teacher.spec.image[1] < 100 else 4, seed=args.seed)
+            shown = fixed_sample(make_images, conditions, min(args.n, 10 if teacher.spec.image[1] < 100 else 4), args.seed)
             pictures.append((caption, shown))
         rows.append({**facts, **row, "labels": f"{args.prompts} in turn" if teacher.text else "each class in turn",
                      "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"})

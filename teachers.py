@@ -82,8 +82,8 @@ class Spec:
     def roles(self):
         return ("net", "tokenizer") if self.text is None else ("net", "tokenizer", "text")
 
-    def steps_of(self, steps, **given):
-        """The sampler's plan for a number of steps, with the published settings or those given."""
+    def settings(self, steps, **given):
+        """What `plan` is given for a number of steps: the published settings, or those given."""
         nearest = self.sampling[min(self.sampling, key=lambda n: abs(math.log(n / steps)))]
         return {**nearest, **{k: v for k, v in given.items() if v is not None}}
 
@@ -168,6 +168,16 @@ class Network(nn.Module):
         return cond
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last axis. The gain takes the input's precision, or no fused kernel fits."""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def split_heads(qkv, heads):
     """Packed (B, T, 3 D), whose last axis is q, k, v -> three of (B, heads, T, D / heads)."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -236,8 +246,7 @@ class Stream(nn.Module):
         super().__init__()
         self.heads, self.last = heads, last
         self.mod, self.qkv = nn.Linear(width, (2 if last else 6) * width), nn.Linear(width, 3 * width)
-        norm = (lambda: nn.RMSNorm(width // heads, eps=1e-6)) if qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = (RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
         if not last:                                              # the last block's text goes nowhere: no way out
             self.out = nn.Linear(width, width)
             self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
@@ -268,18 +277,15 @@ class JointBlock(nn.Module):
         c, x = attend(rotate(q, rope), rotate(k, rope), v).split([h[0].shape[1], h[1].shape[1]], 1)
         return h[0] if self.text.last else self.text.leave(h[0], c, *mod_c), self.image.leave(h[1], x, *mod_x)
 
-    published_names = [  # as the diffusers library calls them
-        (r"^(?:transformer_)?(blocks\.\d+)\.norm1\.linear\.", r"\1.image.mod."),
-        (r"^(?:transformer_)?(blocks\.\d+)\.norm1_context\.linear\.", r"\1.text.mod."),
-        *((rf"^(?:transformer_)?(blocks\.\d+)\.attn\.to_{c}\.", rf"\1.image.qkv#{i}.") for i, c in enumerate("qkv")),
-        *((rf"^(?:transformer_)?(blocks\.\d+)\.attn\.add_{c}_proj\.", rf"\1.text.qkv#{i}.") for i, c in enumerate("qkv")),
-        (r"^(?:transformer_)?(blocks\.\d+)\.attn\.norm_([qk])\.", r"\1.image.\2_norm."),
-        (r"^(?:transformer_)?(blocks\.\d+)\.attn\.norm_added_([qk])\.", r"\1.text.\2_norm."),
-        (r"^(?:transformer_)?(blocks\.\d+)\.attn\.to_out\.0\.", r"\1.image.out."),
-        (r"^(?:transformer_)?(blocks\.\d+)\.attn\.to_add_out\.", r"\1.text.out."),
-        (r"^(?:transformer_)?(blocks\.\d+)\.ff\.net\.(\d)(?:\.proj)?\.", r"\1.image.mlp.\2."),
-        (r"^(?:transformer_)?(blocks\.\d+)\.ff_context\.net\.(\d)(?:\.proj)?\.", r"\1.text.mlp.\2."),
-    ]
+    published_names = [(rf"^(?:transformer_)?(blocks\.\d+)\.{theirs}\.", rf"\1.{ours}.") for theirs, ours in (
+        (r"norm1\.linear", "image.mod"), (r"norm1_context\.linear", "text.mod"),            # as the diffusers library calls them
+        (r"attn\.to_q", "image.qkv#0"), (r"attn\.to_k", "image.qkv#1"), (r"attn\.to_v", "image.qkv#2"),
+        (r"attn\.add_q_proj", "text.qkv#0"), (r"attn\.add_k_proj", "text.qkv#1"), (r"attn\.add_v_proj", "text.qkv#2"),
+        (r"attn\.norm_q", "image.q_norm"), (r"attn\.norm_k", "image.k_norm"),
+        (r"attn\.norm_added_q", "text.q_norm"), (r"attn\.norm_added_k", "text.k_norm"),
+        (r"attn\.to_out\.0", "image.out"), (r"attn\.to_add_out", "text.out"),
+        (r"ff\.net\.0\.proj", "image.mlp.0"), (r"ff\.net\.2", "image.mlp.2"),
+        (r"ff_context\.net\.0\.proj", "text.mlp.0"), (r"ff_context\.net\.2", "text.mlp.2"))]
 
 
 def rotate(x, rope):
@@ -666,7 +672,7 @@ class Meissonic(Network):
                  axes=(16, 56, 56), micro=(1024, 1024, 0, 0, 6.0)):
         super().__init__()
         D = heads * head_width
-        norm, lin = functools.partial(nn.RMSNorm, D, eps=1e-6), functools.partial(nn.Linear, bias=False)
+        norm, lin = functools.partial(RMSNorm, D), functools.partial(nn.Linear, bias=False)
         mlp = lambda n, linear: nn.Sequential(linear(n, D), nn.SiLU(), linear(D, D))
         self.grid = (grid, grid) if isinstance(grid, int) else tuple(grid)                    # even numbers
         self.V, self.G, self.L, self.width, self.depth = V, 1, self.grid[0] * self.grid[1], D, joint + single
@@ -757,7 +763,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.mod, self.qkv = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(width // heads) for _ in range(2))
         self.proj_mlp, self.proj_out = nn.Linear(width, 4 * width), nn.Linear(5 * width, width)
 
     def forward(self, z, s, rope):
@@ -953,7 +959,7 @@ class TextTower(nn.Module):
     def tokenize(self, prompts):
         """A list of prompts -> token ids (n, context): start, byte pairs, end, then zeros; long prompts are cut."""
         bpe = byte_pairs()
-        ids = torch.zeros(len(prompts), self.context, dtype=torch.long)
+        ids = torch.zeros(len(prompts), self.context, dtype=torch.int32)
         for row, prompt in zip(ids, prompts):
             body = []
             for i, piece in enumerate(prompt.split("!") if self.pads_with_bang else [prompt]):
@@ -1154,6 +1160,7 @@ def published_state(state, module):
     for key, rows in parts.items():
         if missing := {0, 1, 2} - rows.keys():
             complaints.append(f"part {', '.join('qkv'[i] for i in sorted(missing))} of {key} missing")
+            rows |= {i: torch.empty_like(next(iter(rows.values()))) for i in missing}         # said once, and that is enough
         if len({t.shape[1:] for t in rows.values()}) == 1:
             out[key] = torch.cat([rows[i].flatten(1) if rows[i].ndim == 4 else rows[i] for i in sorted(rows)])
     return out, complaints
@@ -1171,14 +1178,14 @@ def load_state(module, state, source):
         raise UserError(f"{source}: expected a dict of tensors, got {type(state).__name__}")
     (state, complaints), own = published_state(state, module), module.state_dict()
     few = lambda names: ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    if missing := [k for k in own.keys() - state.keys() if not any(k in c for c in complaints)]:
+    shape = lambda t: tuple(getattr(t, "shape", ()))
+    misshapen = {k: shape(state[k]) for k in own.keys() & state.keys() if shape(own[k]) != shape(state[k])}
+    if missing := own.keys() - state.keys():
         complaints.append(f"missing {few(missing)}")
     if unexpected := state.keys() - own.keys():
         complaints.append(f"unexpected {few(unexpected)}")
-    shape = lambda t: tuple(getattr(t, "shape", ()))
-    if misshapen := [k for k in own.keys() & state.keys() if shape(own[k]) != shape(state[k])
-                     and not any(k in c for c in complaints)]:
-        complaints.append("of another shape " + few([f"{k} {shape(state[k])} instead of {shape(own[k])}" for k in misshapen]))
+    if misshapen:
+        complaints.append("of another shape " + few([f"{k} {v} instead of {shape(own[k])}" for k, v in misshapen.items()]))
     if complaints:
         raise UserError(f"{source} does not fit {type(module).__name__}: " + "; ".join(complaints)
                         + ". Is it another teacher's file, or another size?")
@@ -1420,7 +1427,7 @@ def real_images(folder, spec, n):
         if not names:
             raise UserError(f"--images {folder}: expected images, each with its prompt in a text file of the same name")
         what = [open(os.path.join(folder, os.path.splitext(f)[0] + ".txt")).read().strip() for f in names]
-    some = range(0, len(names), max(1, len(names) // n))[:n]
+    some = [i * len(names) // n for i in range(n)] if n < len(names) else range(len(names))
     img = [variants(os.path.join(folder, names[i]), i, spec.image, False, 0, 0) for i in some]
     if bad := [names[i] + ": " + v for i, v in zip(some, img) if isinstance(v, str)]:
         raise UserError(f"--images {folder}: cannot read {bad[0]}")

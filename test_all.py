@@ -1,7 +1,7 @@
 """The claims of this repository as proofs: `pytest test_all.py`. CPU, no network, every run the same.
 
-Expected numbers ("golden") were measured on the public implementations of MaskBit and Di[M]O, at small sizes and
-on weights that `seeded` makes from names and shapes alone: so two programs are compared without a download.
+Expected numbers ("golden") were measured on the public implementations of the four teachers and of Di[M]O, at small
+sizes and on weights that `seeded` makes from names and shapes alone: so two programs are compared without a download.
 
     FULL_SIZE=1 pytest test_all.py -k full_size    # MaskBit at its published size too: a minute, 4 GB of memory
 """
@@ -11,14 +11,18 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import types
+import weakref
 import zlib
 
 import numpy as np
@@ -27,6 +31,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dimo
 import evaluate as ev
@@ -35,6 +42,7 @@ import soft_embed as se
 import teachers
 import train
 from data import fashion, imagenet
+from data.tiny import mdm_loss, tokenizer_loss
 from teachers import HERE, SPECS, BitTokenizer, MaskBit, Spec, UserError, load_teacher
 
 
@@ -64,6 +72,10 @@ def agrees(t, first, abs_sum=None, tol=5e-5):
 close = functools.partial(torch.allclose, rtol=0, atol=1e-6)
 
 
+def f32(a):
+    return torch.from_numpy(np.asarray(a, dtype=np.float32))
+
+
 def uniform(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).random_sample(shape))
 
@@ -89,14 +101,17 @@ def conv(name, c_in, c_out, k, bias=True):
     return {f"{name}.weight": [c_out, c_in, k, k]} | ({f"{name}.bias": [c_out]} if bias else {})
 
 
+def attention(name, d):
+    return {f"{name}.in_proj_weight": [3 * d, d], f"{name}.in_proj_bias": [3 * d]} | linear(f"{name}.out_proj", d, d)
+
+
 def generator_file(bits=14, grid=16, width=1024, depth=24, mlp=4096, classes=1000):
     n, d = bits // 2, width
     shapes = {"pos_emb": [1, grid**2 + 1, d], "bits_to_indices": [n], "class_emb.weight": [classes + 1, d]}
     shapes |= linear("input_proj", bits, d) | norm("first_layer.0", d)
     for i in range(depth):
         attn, net = f"transformer.layers.{i}.0", f"transformer.layers.{i}.1"
-        shapes |= {f"{attn}.mha.in_proj_weight": [3 * d, d], f"{attn}.mha.in_proj_bias": [3 * d]}
-        shapes |= linear(f"{attn}.mha.out_proj", d, d) | norm(f"{attn}.norm", d)
+        shapes |= attention(f"{attn}.mha", d) | norm(f"{attn}.norm", d)
         shapes |= linear(f"{net}.net.0", d, mlp) | linear(f"{net}.net.2", mlp, d) | norm(f"{net}.norm", d)
     shapes |= linear("last_layer.0", d, d) | norm("last_layer.2", d)
     return shapes | linear("prediction_layer", d, 2 * 2**n)
@@ -126,20 +141,173 @@ def tokenizer_file(bits=14, hidden=128, mult=(1, 1, 2, 2, 4)):
     return shapes | {"quantize.bits_to_indices": [bits], "quantize.codebook": [2**bits, bits]}
 
 
+def maskgit_file(V=1024, grid=16, width=768, depth=24, mlp=3072, classes=1000):
+    d, entries = width, V + 1 + classes + 1
+    shapes = {"pos_emb": [1, grid**2 + 1, d], "bias": [grid**2 + 1, entries], "tok_emb.weight": [entries, d]}
+    for name in ("first_layer", "last_layer"):
+        shapes |= norm(f"{name}.0", d) | linear(f"{name}.2", d, d) | norm(f"{name}.4", d)
+    shapes |= linear("first_layer.6", d, d)
+    for i in range(depth):
+        attn, net = f"transformer.layers.{i}.0", f"transformer.layers.{i}.1"
+        shapes |= norm(f"{attn}.norm", d) | attention(f"{attn}.fn.mha", d) | norm(f"{net}.norm", d)
+        shapes |= linear(f"{net}.fn.net.0", d, mlp) | linear(f"{net}.fn.net.3", mlp, d)
+    return shapes
+
+
+def vqgan_file(widths=(128, 128, 256, 256, 512), latent=256, embed=256, V=1024, attn=True):
+    def block(name, a, b):
+        shapes = norm(f"{name}.norm1", a) | conv(f"{name}.conv1", a, b, 3) | norm(f"{name}.norm2", b)
+        return shapes | conv(f"{name}.conv2", b, b, 3) | (conv(f"{name}.nin_shortcut", a, b, 1) if a != b else {})
+
+    first, c, last, shapes = widths[0], widths[-1], len(widths) - 1, {}
+    for side, ins, outs in (("encoder", 3, latent), ("decoder", latent, 3)):
+        start, end = (first, c) if side == "encoder" else (c, first)
+        shapes |= conv(f"{side}.conv_in", ins, start, 3) | conv(f"{side}.conv_out", end, outs, 3)
+        shapes |= norm(f"{side}.norm_out", end)
+        shapes |= block(f"{side}.mid.block_1", c, c) | block(f"{side}.mid.block_2", c, c)
+    for i, w in enumerate(widths):
+        before, after = widths[max(i - 1, 0)], widths[min(i + 1, last)]
+        shapes |= block(f"encoder.down.{i}.block.0", before, w) | block(f"encoder.down.{i}.block.1", w, w)
+        shapes |= block(f"decoder.up.{i}.block.0", after, w)                        # decoder levels: finest is 0 too
+        shapes |= block(f"decoder.up.{i}.block.1", w, w) | block(f"decoder.up.{i}.block.2", w, w)
+        shapes |= conv(f"encoder.down.{i}.downsample.conv", w, w, 3) if i < last else {}
+        shapes |= conv(f"decoder.up.{i}.upsample.conv", w, w, 3) if i else {}
+    for name in ("encoder.mid.attn_1", "decoder.mid.attn_1", *(f"encoder.down.{last}.attn.{j}" for j in range(2)),
+                 *(f"decoder.up.{last}.attn.{j}" for j in range(3))) if attn else ():
+        shapes |= norm(f"{name}.norm", c)
+        for part in ("q", "k", "v", "proj_out"):
+            shapes |= conv(f"{name}.{part}", c, c, 1)
+    shapes |= conv("quant_conv", latent, embed, 1) | conv("post_quant_conv", embed, latent, 1)
+    return shapes | {"quantize.embedding.weight": [V, embed]}
+
+
+def vqvae_file(widths=(128, 256, 256, 512, 768), latent=64, embed=64, V=8192):
+    """The same autoencoder without attention, in the diffusers library's names, where decoders begin coarse."""
+    def rename(key):
+        key = re.sub(r"decoder\.up\.(\d)", lambda m: f"decoder.up_blocks.{len(widths) - 1 - int(m[1])}", key)
+        for here, there in ((".mid.block_1", ".mid_block.resnets.0"), (".mid.block_2", ".mid_block.resnets.1"),
+                            (".down.", ".down_blocks."), (".block.", ".resnets."), ("nin_shortcut", "conv_shortcut"),
+                            (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
+                            ("norm_out", "conv_norm_out")):
+            key = key.replace(here, there)
+        return key
+    return {rename(k): v for k, v in vqgan_file(widths, latent, embed, V, attn=False).items()}
+
+
+def joint_block(name, d, head=None, last=False):
+    """A joint block in the diffusers library's names. head: width of its q and k norms; last: no way out for text."""
+    shapes = linear(f"{name}.norm1.linear", d, 6 * d)
+    shapes |= linear(f"{name}.norm1_context.linear", d, (2 if last else 6) * d)
+    parts = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out")
+    for part in parts[: 8 - last]:
+        shapes |= linear(f"{name}.attn.{part}", d, d)
+    for part in ("q", "k", "added_q", "added_k") if head else ():
+        shapes |= {f"{name}.attn.norm_{part}.weight": [head]}
+    for ff in ("ff",) if last else ("ff", "ff_context"):
+        shapes |= linear(f"{name}.{ff}.net.0.proj", d, 4 * d) | linear(f"{name}.{ff}.net.2", 4 * d, d)
+    return shapes
+
+
+def meissonic_file(V=8192, table=8256, heads=8, head_width=128, joint=14, single=28, text_width=1024):
+    d = heads * head_width
+    shapes = {f"{name}.weight": [d] for name in (
+        "embed.layer_norm", "project_to_hidden_norm", "encoder_proj_layer_norm", "project_from_hidden_norm",
+        "mlm_layer.layer_norm", "down_block.downsample.norm", "up_block.upsample.norm")}
+    for name in ("project_to_hidden", "project_from_hidden", "cond_embed.linear_2"):
+        shapes |= {f"{name}.weight": [d, d]}
+    shapes |= {"cond_embed.linear_1.weight": [d, d + 5 * 256], "embed.embeddings.weight": [table, d]}
+    shapes |= conv("embed.conv", d, d, 1, False)
+    shapes |= conv("mlm_layer.conv1", d, d, 1, False) | conv("mlm_layer.conv2", d, V, 1, False)
+    shapes |= conv("down_block.downsample.conv", d, d, 2, False) | conv("up_block.upsample.conv", d, d, 2, False)
+    shapes |= linear("context_embedder", text_width, d)
+    for name, n in (("timestep_embedder", 256), ("text_embedder", d)):
+        shapes |= linear(f"time_text_embed.{name}.linear_1", n, d) | linear(f"time_text_embed.{name}.linear_2", d, d)
+    for i in range(joint):
+        shapes |= joint_block(f"transformer_blocks.{i}", d, head_width)
+    for name in (f"single_transformer_blocks.{i}" for i in range(single)):
+        shapes |= linear(f"{name}.norm.linear", d, 3 * d)
+        shapes |= linear(f"{name}.proj_mlp", d, 4 * d) | linear(f"{name}.proj_out", 5 * d, d)
+        for part in "qkv":
+            shapes |= linear(f"{name}.attn.to_{part}", d, d)
+        shapes |= {f"{name}.attn.norm_q.weight": [head_width], f"{name}.attn.norm_k.weight": [head_width]}
+    return shapes
+
+
+def maskgen_file(V=8192, L=128, width=1024, depth=16, text_width=768, micro=256, spare=1001):
+    d = width
+    shapes = {"pos_embed": [1, L, d], "embeddings.weight": [V + 1 + spare, d]}
+    shapes |= linear("text_embed_proj", text_width, d) | linear("norm.linear", d, 2 * d)
+    shapes |= linear("cond_pooled_proj", text_width + micro, d)
+    for i in range(depth):
+        shapes |= joint_block(f"blocks.{i}", d, last=i == depth - 1)
+    return shapes
+
+
+def clip_block(name, d):
+    shapes = norm(f"{name}.ln_1", d) | attention(f"{name}.attn", d) | norm(f"{name}.ln_2", d)
+    return shapes | linear(f"{name}.mlp.c_fc", d, 4 * d) | linear(f"{name}.mlp.c_proj", 4 * d, d)
+
+
+def titok_file(V=8192, L=128, size=256, patch=16, embed=64, enc=(768, 12), dec=(1024, 24), text=77, text_width=768):
+    places, shapes = (size // patch) ** 2, {"latent_tokens": [L, enc[0]], "quantize.embedding.weight": [V, embed]}
+    for side, (d, depth, *_) in (("encoder", enc), ("decoder", dec)):
+        shapes |= {f"{side}.class_embedding": [1, d], f"{side}.positional_embedding": [places + 1, d],
+                   f"{side}.latent_token_positional_embedding": [L, d]}
+        shapes |= norm(f"{side}.ln_pre", d) | norm(f"{side}.ln_post", d)
+        for i in range(depth):
+            shapes |= clip_block(f"{side}.transformer.{i}", d)
+    shapes |= conv("encoder.patch_embed", 3, enc[0], patch) | conv("encoder.conv_out", enc[0], embed, 1)
+    shapes |= {"decoder.mask_token": [1, 1, d], "decoder.text_guidance_positional_embedding": [text, d]}
+    shapes |= linear("decoder.text_guidance_proj", text_width, d) | linear("decoder.decoder_embed", embed, d)
+    return shapes | conv("decoder.ffn.0", d, 3 * patch**2, 1) | conv("decoder.conv_out", 3, 3, 3)
+
+
+def clip_file(width=1024, depth=24, out=1024, vocab=49408, context=77):
+    """A text tower as the transformers library writes it."""
+    d, table = width, "text_model.embeddings.{}_embedding.weight"
+    shapes = {table.format("token"): [vocab, d], table.format("position"): [context, d]}
+    shapes |= {"text_projection.weight": [out, d]}
+    for name in (f"text_model.encoder.layers.{i}" for i in range(depth)):
+        shapes |= norm(f"{name}.layer_norm1", d) | norm(f"{name}.layer_norm2", d)
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{name}.self_attn.{part}", d, d)
+        shapes |= linear(f"{name}.mlp.fc1", d, 4 * d) | linear(f"{name}.mlp.fc2", 4 * d, d)
+    return shapes | norm("text_model.final_layer_norm", d)
+
+
+def open_clip_file(width=768, depth=12, out=768, vocab=49408, context=77):
+    """A text tower as open_clip writes it."""
+    shapes = {"positional_embedding": [context, width], "text_projection": [width, out], "logit_scale": [],
+              "token_embedding.weight": [vocab, width]} | norm("ln_final", width)
+    for i in range(depth):
+        shapes |= clip_block(f"transformer.resblocks.{i}", width)
+    return shapes
+
+
+def shapes_in(file, sizes):
+    """file(**sizes), but for those sizes that no file shows: head counts above all."""
+    known = inspect.signature(file).parameters
+    return file(**{k: v for k, v in sizes.items() if k in known})
+
+
+def filled(make, file, seed=0, **sizes):
+    """The network make(**sizes) on seeded weights that come through its published file."""
+    with torch.device("meta"):
+        net = make(**sizes)
+    net = teachers.load_state(net.to_empty(device="cpu"), seeded(shapes_in(file, sizes), seed), "seeded")
+    return net.eval().requires_grad_(False)
+
+
 @functools.cache
 def small_net():
     """A MaskBit generator of 8 bits on a 4x4 grid, seeded."""
-    sizes = dict(bits=8, grid=4, width=64, depth=3, mlp=256, classes=10)
-    net = teachers.MaskBit(heads=4, **sizes)
-    return teachers.load_state(net, seeded(generator_file(**sizes)), "seeded").eval().requires_grad_(False)
+    return filled(MaskBit, generator_file, bits=8, grid=4, width=64, depth=3, heads=4, mlp=256, classes=10)
 
 
 @functools.cache
 def small_tokenizer():
     """Its tokenizer, 64x64 pixels to 4x4 tokens of 8 bits, seeded."""
-    sizes = dict(bits=8, hidden=64)
-    tok = teachers.BitTokenizer(**sizes)
-    return teachers.load_state(tok, seeded(tokenizer_file(**sizes)), "seeded").eval().requires_grad_(False)
+    return filled(BitTokenizer, tokenizer_file, bits=8, hidden=64)
 
 
 SIZES = dict(bits=4, grid=2, width=8, depth=2, mlp=16, classes=3)
@@ -399,7 +567,7 @@ def test_perturbation_keeps_the_variance_and_reaches_the_network():
     e, noise, E = normal(0, 400, 16, 32), normal(1, 400, 16, 32), normal(2, 1, 5, 32)
     assert abs(dimo.perturb(e, 0.3, noise).var() - 1) < 0.01
     assert close(dimo.perturb(e, 0.6, noise), 0.6 * noise + 0.8 * e)
-    x, identity = integers(3, 5, 400, 16, 1), lambda e, cond: e
+    x, identity = integers(3, 5, 400, 16, 1), lambda e, cond, s=0.0, noise=None: dimo.perturb(e, s, noise) if s else e
     assert torch.equal(dimo.student_logits(identity, x, (), E, 1.0), se.embed_tokens(x, E, 1.0))
     assert close(dimo.student_logits(identity, x, (), E, 1.0, 0.6, noise),
                           0.6 * noise + 0.8 * se.embed_tokens(x, E, 1.0))
@@ -547,49 +715,13 @@ def test_auxiliary_of_unsmoothed_loss_is_least_at_the_students_distribution():
 
 
 # =========================================================================== Di[M]O: two whole training steps
-class TinyMaskGit(nn.Module):
-    """A stand-in for MaskGit, its names as published: one table in and out, position biases, a mask logit."""
-
-    def __init__(self, V=32, classes=10, grid=4, width=48, heads=4, mlp=96, depth=2):
-        super().__init__()
-        d, self.V, self.L, self.G, self.classes = width, V, grid**2, 1, classes
-        norm = functools.partial(nn.LayerNorm, d)
-        self.tok_emb = nn.Embedding(V + 1 + classes + 1, d)                         # tokens, mask, classes, null
-        self.pos_emb = nn.Parameter(torch.empty(1, self.L + 1, d))
-        self.bias = nn.Parameter(torch.empty(self.L + 1, V + 1 + classes + 1))
-        self.first_layer = nn.Sequential(norm(1e-12), nn.Identity(), nn.Linear(d, d), nn.GELU(),
-                                         norm(1e-12), nn.Identity(), nn.Linear(d, d))
-        self.last_layer = nn.Sequential(norm(1e-12), nn.Identity(), nn.Linear(d, d), nn.GELU(), norm(1e-12))
-        attn = lambda: {"mha": nn.MultiheadAttention(d, heads, batch_first=True)}
-        net = lambda: {"net": nn.Sequential(nn.Linear(d, mlp), nn.GELU(), nn.Identity(), nn.Linear(mlp, d))}
-        residual = lambda fn: nn.ModuleDict({"norm": norm(), "fn": nn.ModuleDict(fn())})
-        layers = (nn.ModuleList([residual(attn), residual(net)]) for _ in range(depth))
-        self.transformer = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-
-    def tables(self):
-        return self.tok_emb.weight[None, : self.V + 1], 0.0                         # (1, V+1, d)
-
-    def null(self, cond):
-        return (torch.full_like(cond[0], self.classes),)
-
-    def forward(self, e, cond):
-        label = self.tok_emb(self.V + 1 + cond[0])[:, None]
-        h = self.first_layer(torch.cat([e, label], 1) + self.pos_emb)               # (B, L+1, d)
-        for attn, mlp in self.transformer["layers"]:
-            n = attn["norm"](h)
-            h = h + attn["fn"]["mha"](n, n, n, need_weights=False)[0]
-            h = h + mlp["fn"]["net"](mlp["norm"](h))
-        z = self.last_layer(h) @ self.tok_emb.weight.T + self.bias
-        return z[:, : self.L, None, : self.V + 1]                                   # (B, L, 1, V+1)
-
-
 def seeded_maskgit(seed):
-    """The stand-in on seeded weights, with the embedding layer frozen, as the official code has it."""
-    net = TinyMaskGit()
-    net.load_state_dict(seeded({k: list(v.shape) for k, v in net.state_dict().items()}, seed))
-    for p in (net.tok_emb.weight, net.pos_emb, net.bias):
+    """A small MaskGit on seeded weights, all trained but the embedding layer, as the official code has it."""
+    net = filled(teachers.MaskGit, maskgit_file, seed, V=32, grid=4, width=48, depth=2, heads=4, mlp=96, classes=10)
+    net.requires_grad_()
+    for p in net.frozen():
         p.requires_grad_(False)
-    return net.eval()
+    return net
 
 
 @functools.cache
@@ -613,7 +745,7 @@ def two_training_steps(beta, B=3):
         aux_on_x_t = lambda e, cond: aux(embed(aux, x_t), cond)                     # here its table is its own
         g = dimo.dimo_grad(teacher, aux_on_x_t, embed(teacher, x_t), (labels,), mask, 2.0, beta)
         opt.zero_grad(), z.backward(g / B)
-        grad = student.last_layer[4].weight.grad.clone()
+        grad = student.last[4].weight.grad.clone()
         student_norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         opt.step()
 
@@ -661,7 +793,7 @@ AUX_AFTER = [5576.88174, [-0.02610291, 0.04906511, 0.0842131, -0.2704769], 785.5
 def test_training_steps_leave_the_golden_weights(beta, student, ema):
     for state, (total, first, abs_sum) in zip(two_training_steps(beta), (student, AUX_AFTER, ema)):
         assert abs(sum(v.double().abs().sum() for v in state.values()) - total) < 2e-3
-        agrees(state["transformer.layers.0.0.fn.mha.in_proj_weight"], first, abs_sum, tol=5e-6)
+        agrees(state["blocks.0.attn.qkv.weight"], first, abs_sum, tol=5e-6)
 
 
 # ================================================================================= teachers: MaskBit's tokens
@@ -768,9 +900,9 @@ def test_logits_are_float32_under_bf16_autocast():
 
 # ============================================================================== teachers: MaskBit's tokenizer
 def test_same_padding_puts_the_odd_pixel_right_and_below():
-    layer, img = teachers.SameConv(2, 3, 3, stride=2), normal(0, 1, 2, 6, 9)
-    padded = F.pad(img, (1, 1, 0, 1))                                               # left, right, above, below
-    assert close(layer(img), F.conv2d(padded, layer.weight, layer.bias, 2))
+    step, img = teachers.Level(2, 2, 0, 1, "down"), normal(0, 1, 2, 6, 8)
+    padded = F.pad(img, (0, 1, 0, 1))                                               # left, right, above, below
+    assert close(step(img), F.conv2d(padded, step.down_conv.weight, step.down_conv.bias, 2))
 
 
 def test_tokenizer_gives_the_golden_latent_tokens_and_reconstruction():
@@ -803,7 +935,8 @@ def test_masked_tokens_are_not_decoded():
 # ====================================================================================== teachers: the sampler
 def golden_run():
     trace, net = [], small_net()
-    x = teachers.sample(net, (torch.tensor([1, 5, 2]),), 8, guidance=7.1, temperature=7.8, trace=trace,
+    plan = teachers.maskbit_plan(32, 8, guidance=7.1, temperature=7.8)
+    x = teachers.sample(net, (torch.tensor([1, 5, 2]),), plan, trace=trace,
                         draws=lambda i: (uniform(1000 + i, 3, 16, 2), uniform(2000 + i, 3, 16, 2)))
     return x, torch.stack(trace)                                                    # (8, 3, 16, 2)
 
@@ -845,21 +978,12 @@ class Coin:
     def null(self, cond):
         return (torch.ones_like(cond[0]),)
 
+    def at(self, cond, t):
+        return cond
+
     def __call__(self, e, cond):
         self.batches.append(len(e))
         return torch.tensor([1.0, 0.0]) * (cond[0] == 0).float().view(-1, 1, 1, 1).expand(-1, 256, 2, 1)
-
-
-def watch_logits(monkeypatch):
-    """A list that receives the first guided logit of every step of the sampler: 1 + s for the coin."""
-    seen, draw = [], teachers.sample_tokens
-
-    def watching(z, *rest):
-        seen.append(z.flatten()[0].item())
-        return draw(z, *rest)
-
-    monkeypatch.setattr(teachers, "sample_tokens", watching)
-    return seen
 
 
 @pytest.mark.parametrize("steps, masked, guidance", [
@@ -870,20 +994,19 @@ def watch_logits(monkeypatch):
     (256, ([512, 471, 429, 386, 341, 291, 235, 164], 83562),
      ([0.0, 5.46217e-05, 0.003493196, 0.03970652, 0.2207494, 0.8119929, 2.195358, 4.375607], 334.453678)),
 ])
-def test_published_sampling_has_the_golden_schedules(steps, masked, guidance, monkeypatch):
-    logits, trace = watch_logits(monkeypatch), []
-    rng, settings = np.random.RandomState(0), teachers.SPECS["maskbit"].sampling_for(steps)
-    teachers.sample(Coin(), (torch.tensor([0]),), steps, **settings, trace=trace,
-                    draws=lambda i: torch.from_numpy(rng.random_sample((2, 1, 256, 2))))
-    counts, scale = [(x == 2).sum().item() for x in trace], torch.tensor(logits) - 1
-    assert (counts[:: steps // 8], sum(counts)) == masked
+def test_published_sampling_has_the_golden_schedules(steps, masked, guidance):
+    plan = teachers.maskbit_plan(512, steps, **SPECS["maskbit"].settings(steps))
+    counts, scale = [512, *(p.hidden for p in plan)][:-1], torch.tensor([p.w - 1 for p in plan])
+    assert (counts[:: steps // 8], sum(counts)) == masked and plan[-1].hidden == 0
     assert close(scale[:: steps // 8], torch.tensor(guidance[0]), atol=2e-6)
     assert scale.sum().item() == pytest.approx(guidance[1], rel=1e-5)
+    T = SPECS["maskbit"].sampling[steps]["temperature"]
+    assert [p.noise for p in plan] == pytest.approx([T * (1 - (i + 1) / steps) for i in range(steps)])
 
 
 def test_sampler_reveals_a_unit_every_step_until_one_is_left():
-    trace, net = [], mini_net()                                                     # 8 units, more steps than that
-    teachers.sample(net, (torch.tensor([0]),), 12, trace=trace, draws=lambda i: uniform(i, 2, 1, 4, 2))
+    trace, net, plan = [], mini_net(), teachers.maskbit_plan(8, 12)                 # 8 units, more steps than that
+    teachers.sample(net, (torch.tensor([0]),), plan, trace=trace, draws=lambda i: uniform(i, 2, 1, 4, 2))
     assert [(x == net.V).sum().item() for x in trace] == [8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1]
 
 
@@ -891,17 +1014,25 @@ def test_published_settings_are_those_of_the_readme_and_the_nearest_is_taken():
     spec = teachers.SPECS["maskbit"]
     assert spec.sampling == {64: dict(guidance=7.1, temperature=7.8), 128: dict(guidance=7.1, temperature=9.0),
                              256: dict(guidance=5.8, temperature=10.3)}
-    assert [spec.sampling_for(n)["temperature"] for n in (1, 90, 93, 185, 999)] == [7.8, 7.8, 9.0, 10.3, 10.3]
+    assert [spec.settings(n)["temperature"] for n in (1, 90, 93, 185, 999)] == [7.8, 7.8, 9.0, 10.3, 10.3]
+    assert spec.settings(64, guidance=2.0, temperature=None) == dict(guidance=2.0, temperature=7.8)
 
 
-def test_guidance_may_be_constant_or_linear_or_off(monkeypatch):
-    logits, net = watch_logits(monkeypatch), Coin()
-    for kwargs, expected, batch in [(dict(guidance=3.0, annealing="none"), [4, 4, 4, 4], 2),
-                                    (dict(guidance=4.0, annealing="linear"), [1, 2, 3, 4], 2),
-                                    (dict(guidance=0.0), [1, 1, 1, 1], 1)]:
-        logits.clear(), net.batches.clear()
-        teachers.sample(net, (torch.tensor([0]),), 4, **kwargs)
-        assert logits == expected and net.batches == [batch] * 4
+
+def test_sampler_applies_the_plans_guidance_and_temperature_and_may_go_without(monkeypatch):
+    seen, net = [], Coin()                                                          # first guided logits, by step
+
+    def watching(z, temperature, u):
+        seen.append((z.flatten()[0].item(), temperature))
+        return se.sample_tokens(z, temperature, u)
+
+    for settings, w, batch in [(dict(guidance=3.0, annealing="none"), [4, 4, 4, 4], [2] * 4),
+                               (dict(guidance=4.0, annealing="linear"), [1, 2, 3, 4], [1, 2, 2, 2]),
+                               (dict(guidance=0.0), [1, 1, 1, 1], [1] * 4)]:
+        seen.clear(), net.batches.clear()
+        plan = [p._replace(divide=0.5, draw=0.7) for p in teachers.maskbit_plan(512, 4, **settings)]
+        teachers.sample(net, (torch.tensor([0]),), plan, draw=watching)
+        assert seen == [(2 * scale, 0.7) for scale in w] and net.batches == batch
 
 
 def test_sampling_ratios_are_the_golden_ones():
@@ -909,8 +1040,592 @@ def test_sampling_ratios_are_the_golden_ones():
               "linear": [0.75, 0.5, 0.25, 1e-06], "square": [0.9375, 0.75, 0.4375, 1e-06],
               "root": [0.5, 0.292893, 0.133975, 1e-06]}
     for schedule, expected in golden.items():
-        ratios = [teachers.sampling_ratio(q, schedule) for q in (0.25, 0.5, 0.75, 1.0)]
+        ratios = [float(teachers.schedule_ratio(q, schedule, 1e-6)) for q in (0.25, 0.5, 0.75, 1.0)]
         assert ratios == pytest.approx(expected, rel=1e-9, abs=6e-7)
+
+
+# ========================================================================================== teachers: MaskGit
+MASKGIT = dict(V=32, grid=4, width=48, depth=2, heads=4, mlp=96, classes=10)
+small_maskgit = functools.cache(functools.partial(filled, teachers.MaskGit, maskgit_file, **MASKGIT))
+small_vqgan = functools.cache(lambda: filled(
+    teachers.VQTokenizer, vqgan_file, widths=(32, 32, 64), latent=16, embed=8, V=24, attention=(2,)))
+
+
+def test_maskgit_gives_the_golden_logits_plain_perturbed_and_guided():
+    rng, net = np.random.RandomState(0), small_maskgit()
+    x, labels = torch.from_numpy(rng.randint(0, 33, (3, 16, 1))), torch.from_numpy(rng.randint(0, 10, 3))
+    noise = f32(rng.standard_normal((3, 17, 48)))[:, :16]
+    e, cond = se.embed_tokens(x, *net.tables()), (torch.where(torch.tensor([0, 1, 0]).bool(), 10, labels),)
+    agrees(net(e, cond), [3.040429, -1.247109, 0.1730151, 1.052807, -2.329601], 1291.95635)
+    agrees(net(e, cond)[2, 15, 0], [1.110613, -1.880531, 1.27534, 0.9858406, -0.5086411])  # positions have biases
+    agrees(net(e, cond, s=0.3, noise=noise), [0.7930675, -1.106606, -0.474539, 0.7637024, -0.2837803], 1204.98514)
+    guided = dimo.guided_logits(net, e, (labels,), 2.0)
+    agrees(guided, [2.959652, -1.439541, 0.1565083, 0.9828535, -2.259242], 1312.6903)
+
+
+def test_vqgan_gives_the_golden_latents_codes_and_images():
+    rng, tok = np.random.RandomState(0), small_vqgan()
+    codes, img = torch.from_numpy(rng.randint(0, 24, (2, 64, 1))), (f32(rng.uniform(-1, 1, (2, 3, 32, 32))) + 1) / 2
+    latent = f32(rng.standard_normal((2, 8, 8, 8))).flatten(2).transpose(1, 2)      # no codes
+    agrees(tok.latents(img), [1.113699, -0.340395, 1.082254, -0.2492165, -0.5980241], 542.36282)
+    x = tok.encode(img)
+    assert x[0, :32, 0].tolist() == [8, 11, 8, 8, 9, 6, 2, 2, 8, 8, 15, 2, 8, 8, 15, 9,
+                                     6, 11, 8, 2, 9, 5, 2, 8, 2, 2, 6, 22, 11, 8, 4, 6] and x.sum() == 1099
+    inside = lambda e: 2 * tok.decode(e, clamp=False) - 1                                       # it works in [-1, 1]
+    agrees(inside(se.embed_tokens(codes, *tok.tables())), [0.2152174, 0.1369084, 0.1600291, 0.1554386], 2941.28657)
+    agrees(inside(latent), [0.1506191, 0.3182902, 0.3938015, 0.1113399, 0.3747067], 2993.66295)
+
+
+def test_maskgit_sampler_draws_the_golden_tokens():
+    u, rng, trace = uniform(1, 5, 3, 16, 1), np.random.RandomState(0), []
+    noise = torch.from_numpy(np.stack([rng.gumbel(size=(3, 16, 1)) for _ in range(5)]))
+    plan = teachers.maskgit_plan(16, 5, guidance=3.0, temperature=4.5)
+    assert [p.w for p in plan] == [1.0, 1.75, 2.5, 3.25, 4.0]
+    x = teachers.sample(small_maskgit(), (torch.tensor([7, 9, 9]),), plan, trace=trace,
+                        draws=lambda i: (u[i], (-(-noise[i]).exp()).exp()))         # whose Gumbel noise is noise[i]
+    masks = [(t == 32).sum((1, 2)).tolist() for t in trace]                         # those that were drawn stay
+    assert masks == [[16] * 3, [15] * 3, [13, 13, 14], [9, 9, 11], [4, 4, 7]]
+    assert trace[3][..., 0].tolist() == [[32, 20, 32, 22, 32, 8, 32, 32, 29, 32, 32, 32, 24, 15, 1, 32],
+                                         [22, 26, 32, 28, 32, 32, 32, 32, 32, 32, 32, 8, 30, 32, 24, 30],
+                                         [32, 32, 29, 32, 19, 0, 32, 32, 32, 32, 32, 30, 24, 32, 32, 32]]
+    assert x[..., 0].tolist() == [[23, 20, 8, 22, 0, 8, 2, 31, 29, 8, 8, 23, 24, 15, 1, 28],
+                                  [22, 26, 22, 28, 12, 5, 2, 20, 2, 16, 31, 8, 30, 22, 24, 30],
+                                  [24, 31, 29, 31, 19, 0, 30, 31, 23, 14, 20, 30, 24, 31, 12, 3]]
+
+
+def test_a_mask_that_maskgit_draws_counts_as_revealed_and_is_decoded_as_the_last_code():
+    net, trace, always = small_maskgit(), [], lambda z, temperature, u: torch.full(z.shape[:-1], 32)
+    x = teachers.sample(net, (torch.tensor([7]),), teachers.maskgit_plan(16, 3), draw=always, trace=trace)
+    assert len(trace) == 3 and all((t == 32).all() for t in trace) and (x == 31).all()
+    E, _ = small_vqgan().tables()
+    assert E.shape == (1, 25, 8) and torch.equal(E[0, 24], E[0, 23])
+
+
+@pytest.mark.parametrize("schedule, grid, revealed", [
+    ("arccos", 16, [1, 18, 26, 32, 38, 43, 48, 50]), ("arccos", 16, [1, 9, 13, 17, 19, 22, 24, 26, 28, 30, 32, 35]),
+    ("arccos", 16, [1, 6, 9, 10, 12, 14, 15, 16, 18, 19, 20, 21, 22, 23, 25, 25]),
+    ("arccos", 32, [1, 26, 38, 46, 54, 61, 67, 73, 79, 84, 89, 94, 99, 104, 109]),
+    ("cosine", 16, [1, 12, 22, 32, 41, 47, 51, 50]), ("linear", 16, [1, 9, 18, 27, 37, 46, 55, 63]),
+    ("square", 16, [1, 13, 24, 34, 41, 46, 49, 48]), ("root", 16, [1, 7, 14, 22, 30, 41, 55, 86]),
+    ("square", 16, [1, 1, 2, 2, 3, 4, 4, 5, 5, 6, 7, 7, 8, 8, 8, 9, 9, 10, 10, 10,
+                    11, 11, 11, 11, 11, 12, 12, 12, 12, 12, 12, 10]),
+    ("root", 32, [1, 7, 15, 22, 30, 39, 48, 57, 68, 79, 91, 105, 122, 144, 196])])
+def test_maskgit_reveals_the_golden_numbers_of_tokens(schedule, grid, revealed):
+    plan = teachers.maskgit_plan(grid**2, len(revealed), schedule=schedule)
+    hidden = [grid**2, *(p.hidden for p in plan)]
+    assert [a - b for a, b in zip(hidden, hidden[1:])] == revealed
+
+
+# ======================================================================================== teachers: Meissonic
+MEISSONIC = dict(V=64, table=80, heads=4, head_width=16, joint=2, single=3, text_width=48, axes=(4, 6, 6))
+small_meissonic = functools.cache(lambda grid=(8, 12): filled(
+    teachers.Meissonic, meissonic_file, grid=grid, **MEISSONIC))
+small_vqvae = functools.cache(lambda: filled(
+    teachers.VQTokenizer, vqvae_file, widths=(16, 32, 32, 48, 64), latent=8, embed=8, V=64, attention=(),
+    signed=False, norm_groups=8, grid=(4, 6)))
+small_tower = functools.cache(lambda: filled(
+    teachers.TextTower, clip_file, width=48, heads=4, depth=3, out=64, vocab=100, context=9))
+
+
+def meissonic_inputs():
+    """Half masked tokens of an 8 x 12 grid (2, 96, 1), their embedding, and a condition."""
+    rng, net = np.random.RandomState(100), small_meissonic()
+    x, masked = (torch.from_numpy(a) for a in (rng.randint(0, 64, (2, 96, 1)), rng.random_sample((2, 96, 1)) < 0.5))
+    text, pooled = f32(rng.standard_normal((2, 9, 48))), f32(rng.standard_normal((2, 64)))
+    x, micro = x.masked_fill(masked, 64), torch.tensor([[1024, 1024, 0, 0, 6.0], [768, 640, 16, 32, 5.5]])
+    return x, se.embed_tokens(x, *net.tables()), (text, pooled, micro, torch.zeros(2))
+
+
+channels_first = lambda z: z[:, :, 0].transpose(1, 2)                               # (B, L, 1, V) -> (B, V, L)
+
+
+def test_meissonic_gives_the_golden_features_and_logits():
+    net, hidden, (_, e, cond) = small_meissonic(), [], meissonic_inputs()
+    handles = [b.register_forward_hook(lambda m, args, out: hidden.append(out)) for b in net.single]
+    agrees(channels_first(net(e, cond)), [-1.166283, 0.5756382, -1.038456, 0.5028391, -1.265301], 9758.62206)
+    for h in handles:
+        h.remove()
+    agrees(hidden[0], [-1.622211, -1.410151, 1.000096, 0.8734197, -1.606949], 3647.3362)        # text and image
+    agrees(hidden[1], [-1.16055, -1.537131, 0.714828, 0.8842726, -1.5574], 3737.01458)
+    agrees(hidden[2], [-1.144361, -1.717116, 0.8635588, 0.879055, -1.593311], 3775.14453)
+    features = net(e, cond, layers=(0, 1, 2, 3, 4))
+    agrees(features[0], [1.214843, -1.745568, -1.158067, 0.2639668, -0.9403231], 2594.85733)    # the image alone
+    agrees(features[1], [1.257167, -1.575159, -0.9358265, 0.54066, -0.7855623], 2678.98439)
+    assert all(torch.equal(f, h[:, 9:]) for f, h in zip(features[2:], hidden, strict=True))
+
+
+def test_meissonic_sees_the_time_step_times_a_thousand():
+    net, (_, e, (*cond, t)) = small_meissonic(), meissonic_inputs()
+    z = net(e, net.at((*cond, t), 63))
+    agrees(channels_first(z), [-1.439358, 0.6985233, -1.338871, -0.5228322, -2.10769], tol=5e-3)
+    z = net(e, (*cond, torch.tensor([37.0, 512.0])))                                # fast waves: a float32 ulp shows
+    agrees(channels_first(z), [-1.86701, 0.4928803, -1.490666, -0.8348637, -1.568403], tol=5e-2)
+
+
+def test_rotary_angles_are_the_golden_ones_and_turn_no_text():
+    cos, sin = teachers.rope_table(9, 4, 6, (4, 6, 6), torch.device("cpu"))         # 9 text states, 4 x 6 places
+    agrees(cos[-1], [1, 1, -0.9899925, 0.9903207, 0.9999791, 0.2836622, 0.9731902, 0.999942], 14.4741735 / 2)
+    agrees(sin[-1], [0, 0, 0.14112, 0.1387981, 0.006463259, -0.9589243, 0.2300017, 0.01077196], 2.97215868 / 2)
+    agrees(cos, [1], 497.77266 / 2), agrees(sin, [0], 60.8519495 / 2)
+    assert (cos[:10] == 1).all() and (sin[:10] == 0).all()                          # text, and the place (0, 0)
+
+
+def test_rotated_queries_and_keys_know_only_their_distance():
+    rope = teachers.rope_table(0, 5, 5, (4, 6, 6), torch.device("cpu"))
+    q, k = (teachers.rotate(normal(seed, 1, 1, 1, 16).expand(1, 1, 25, 16), rope)[0, 0] for seed in (0, 1))
+    scores = (q @ k.T).view(5, 5, 5, 5)                                             # (row, column) of q, then of k
+    assert close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=1e-5)
+    assert abs(scores[0, 0, 1, 0] - scores[0, 0, 0, 1]) > 0.1, "rows and columns turn different pairs"
+
+
+def test_meissonic_fed_soft_tokens_gives_the_golden_logits_and_gradient():
+    net, (x, _, cond) = small_meissonic(), meissonic_inputs()
+    z = (3 * normal(1100, 2, 96, 1, 64)).requires_grad_()
+    out = net(se.soft_embed(z, *net.tables()), cond)
+    agrees(channels_first(out), [-1.099551, 1.486006, 1.14651, -0.1283769, -0.3659184], 9877.10391)
+    grad = torch.autograd.grad(out.square().mean(), z)[0]
+    agrees(grad, [1.374088e-07, -1.374844e-09, -1.580505e-06, 4.929963e-08, -2.877073e-07], 0.279342228, tol=1e-10)
+    masked = net(se.soft_embed(z, *net.tables(), x == 64), cond)
+    agrees(channels_first(masked), [-2.71031, 0.1827533, 0.1007663, 0.9931123, -0.3730617], 9649.89819)
+
+
+def test_meissonic_is_perturbed_behind_its_first_norm_and_projection():
+    net, (x, _, cond) = small_meissonic(), meissonic_inputs()
+    noise = normal(3100, 2, 64, 96).transpose(1, 2)
+    z = dimo.student_logits(net, x, cond, *net.tables(), 0.3, noise)
+    agrees(channels_first(z), [-1.390639, 0.6362945, -1.154932, 1.288452, -1.238725], 9723.78088)
+
+
+def test_vqvae_gives_the_golden_latents_codes_and_images():
+    rng, tok = np.random.RandomState(200), small_vqvae()
+    img, codes = f32(rng.random_sample((2, 3, 64, 96))), torch.from_numpy(rng.randint(0, 64, (2, 24, 1)))
+    z, image = 3 * f32(rng.standard_normal((2, 24, 1, 64))), lambda e: tok.decode(e, clamp=False)
+    agrees(tok.latents(img), [-1.145846, 0.4275272, -0.4326202, 0.5921248, 0.1774369], 210.392954)
+    x = tok.encode(img)
+    assert x[..., 0].tolist() == [
+        [17, 61, 32, 0, 46, 35, 0, 25, 25, 25, 8, 25, 25, 25, 25, 16, 25, 25, 8, 25, 25, 22, 8, 25],
+        [23, 25, 8, 25, 31, 25, 16, 25, 25, 27, 25, 48, 2, 8, 25, 25, 61, 8, 47, 46, 2, 25, 25, 25]]
+    agrees(image(se.embed_tokens(codes, *tok.tables())), [-0.192274, -0.1027096, -0.1745134, -0.1166877], 18009.6954)
+    agrees(image(se.soft_embed(z, *tok.tables())), [-0.1785347, -0.1150031, -0.1612418, -0.08281529], 18804.3633)
+    agrees(image(se.embed_tokens(x, *tok.tables())), [-0.2408127, -0.2313782, -0.3302997, -0.306192], 18594.7956)
+
+
+def test_text_tower_of_meissonic_gives_the_golden_states():
+    states, final, pooled = small_tower()(torch.tensor([
+        [98, 5, 17, 33, 99, 0, 0, 0, 0], [98, 7, 8, 9, 10, 11, 12, 13, 99], [98, 99, 0, 0, 0, 0, 0, 0, 0]]))
+    agrees(states, [-0.662697, 0.6808965, 0.1706954, 0.8630649, 1.420114], 1407.78673)  # before the last block
+    agrees(final, [-0.3470765, 0.641583, -0.7551892, 0.3370731, 1.442524], 1023.25181)
+    agrees(pooled, [-0.3563226, -1.453548, -0.8372415, -0.3706013, -0.3569431], 146.228141)  # at the end token
+
+
+@pytest.mark.parametrize("units, N, hidden, total", [
+    (4096, 64, [4094, 3996, 3744, 3348, 2824, 2191, 1474, 700], 164797),
+    (4096, 48, [4093, 3919, 3478, 2799, 1930, 930], 123082), (64, 8, [62], 290)])
+def test_meissonic_hides_the_golden_numbers_of_tokens(units, N, hidden, total):
+    plan = teachers.meissonic_plan(units, N)
+    assert [p.hidden for p in plan[::8]] == hidden and sum(p.hidden for p in plan) == total and not plan[-1].hidden
+    noise = torch.tensor([p.noise for p in teachers.meissonic_plan(64, 8)])
+    assert close(noise, torch.linspace(2, 0, 8)) and {p.w for p in plan} == {9.0}   # golden: both ends included
+
+
+def test_meissonic_from_prompt_to_tokens_is_the_golden_one():
+    net, tower, gen = small_meissonic(8), small_tower(), torch.Generator().manual_seed(11)
+    cond = net.condition(*tower(torch.tensor([[98, 5, 17, 33, 99, 0, 0, 0, 0]])))
+    net.null_text, net.null_pooled = net.condition(*tower(torch.tensor([[98, 99, 0, 0, 0, 0, 0, 0, 0]])))[:2]
+    noise = torch.empty(1, 64, 1)
+
+    def draw(z, temperature, u):                                                    # one generator for both
+        x = torch.multinomial(z.softmax(-1)[0, :, 0], 1, generator=gen)[None]
+        noise.copy_(torch.rand(1, 64, 1, generator=gen))
+        return x
+
+    x = teachers.sample(net, cond, teachers.meissonic_plan(64, 6), draws=lambda i: (None, noise), draw=draw)
+    assert x.view(8, 8).tolist() == [
+        [29, 13, 29, 10, 5, 28, 29, 0], [1, 8, 41, 62, 41, 28, 19, 53], [62, 14, 59, 30, 21, 18, 12, 13],
+        [59, 42, 59, 57, 59, 54, 50, 55], [48, 16, 27, 60, 29, 13, 63, 13], [50, 8, 7, 57, 4, 57, 4, 30],
+        [45, 16, 29, 61, 34, 5, 23, 10], [2, 46, 41, 46, 63, 63, 63, 36]]
+
+
+class StepCounter:
+    """A net of two tokens that remembers the times it was asked at."""
+
+    V, G, L, at = 2, 1, 4, teachers.Meissonic.at
+
+    def __init__(self):
+        self.times = []
+
+    def tables(self):
+        return torch.zeros(1, 3, 1), 0.0
+
+    def __call__(self, e, cond):
+        self.times += cond[3].tolist()
+        return torch.zeros(len(e), 4, 1, 2)
+
+
+def test_meissonics_sampler_counts_its_steps_down_to_zero():
+    net, cond = StepCounter(), (torch.zeros(1, 2, 8), torch.zeros(1, 8), torch.zeros(1, 5), torch.zeros(1))
+    teachers.sample(net, cond, teachers.meissonic_plan(4, 4, guidance=1))
+    assert net.times == [3, 2, 1, 0]
+
+
+def test_official_start_of_meissonics_student_is_initial_tokens():
+    torch.manual_seed(5)
+    tokens = torch.randint(0, 64, (2, 64, 1), dtype=torch.float32).long()
+    x = dimo.initial_tokens(tokens, 0.6, torch.rand(2, 64).argsort(1)[..., None], 79)
+    assert (x == 79).sum((1, 2)).tolist() == [38, 38]
+    assert x[0, :16, 0].tolist() == [35, 79, 79, 79, 38, 54, 16, 9, 8, 79, 79, 62, 79, 79, 79, 16]
+    assert x[1, 48:, 0].tolist() == [30, 18, 0, 39, 79, 79, 59, 79, 79, 79, 79, 79, 79, 37, 79, 79]
+
+
+# ========================================================================================== teachers: MaskGen
+MASKGEN = dict(V=40, L=12, width=48, depth=3, heads=4, text_width=32, micro=16, spare=11)
+TITOK = dict(V=40, L=12, size=16, patch=4, embed=8, enc=(32, 2, 4), dec=(48, 3, 4), text=9, text_width=32)
+small_titok = functools.cache(lambda: filled(teachers.TATiTok, titok_file, **TITOK))
+
+
+@functools.cache
+def maskgen_tower(quick_gelu):
+    """The three outputs of its text tower for two prompts and the empty one."""
+    tower = filled(teachers.TextTower, open_clip_file, width=32, heads=4, depth=3, out=32, vocab=64, context=9,
+                   quick_gelu=quick_gelu)
+    return tower(torch.tensor([
+        [62, 9, 25, 4, 40, 24, 16, 49, 63], [62, 11, 31, 53, 63, 0, 0, 0, 0], [62, 63, 0, 0, 0, 0, 0, 0, 0]]))
+
+
+@functools.cache
+def small_maskgen():
+    """A MaskGen, and the condition of the two prompts."""
+    net = filled(teachers.MaskGen, maskgen_file, **MASKGEN)
+    cond = net.condition(*maskgen_tower(True))
+    net.null_text, net.null_pooled = cond[0][2:], cond[1][2:]
+    return net, tuple(c[:2] for c in cond)
+
+
+def maskgen_inputs():
+    """Tokens (2, 12, 1), partly masked, and a condition."""
+    rng = np.random.RandomState(101)
+    x, masked = (torch.from_numpy(a) for a in (rng.randint(0, 40, (2, 12, 1)), rng.random_sample((2, 12, 1)) < 0.6))
+    text, pooled = f32(rng.standard_normal((2, 9, 32))), f32(rng.standard_normal((2, 32)))
+    return x.masked_fill(masked, 40), (text, pooled, torch.tensor([6.5, 5.2]), None)
+
+
+@pytest.mark.parametrize("quick, states, final, pooled", [
+    (True, ([-0.7630023, 2.115347, -1.964464, -1.929082], 1283.18202),
+     ([-0.7705418, 0.7416261, -0.74286, -2.033098], 729.58188),
+     ([0.8040828, 1.665547, 0.2471397, 0.1167166], 91.0273508)),
+    (False, ([-0.7632355, 2.122303, -1.966903, -1.931517], 1284.48339),
+     ([-0.7710462, 0.7456155, -0.7479507, -2.031553], 729.784607),
+     ([0.8038819, 1.67443, 0.2455183, 0.1306152], 91.0925008))])
+def test_text_tower_of_maskgen_gives_the_golden_states_with_either_activation(quick, states, final, pooled):
+    for got, expected in zip(maskgen_tower(quick), (states, final, pooled)):
+        agrees(got, *expected)
+
+
+def test_maskgen_gives_the_golden_features_and_logits():
+    net, (x, cond) = small_maskgen()[0], maskgen_inputs()
+    e = se.embed_tokens(x, *net.tables())
+    agrees(net(e, cond), [-1.913822, -0.5555093, 0.4065936, -2.077173, 1.213661], 895.460211)
+    features = net(e, cond, layers=(0, 1, 2))
+    agrees(features[0], [-0.7984279, 0.2440962, -0.3116992, 0.5822107], 398.320702)
+    agrees(features[1], [-0.8664747, -0.046124, -0.8839275, 0.4483891], 634.561451)
+    agrees(features[2], [-1.052604, 0.02200247, -1.193571, 0.3775352], 848.990143)
+    cos, sin = teachers.sinusoid(100 * torch.tensor([6.5, 5.0]), 256, period=1000.0)  # of the scores
+    agrees(torch.cat([sin, cos], 1), [0.3047532, 0.0989351, -0.7443697, -0.07842953, 0.7503219], 330.493433)
+
+
+def test_maskgen_and_its_decoder_fed_soft_tokens_give_the_golden_numbers():
+    net, tok, (x, cond) = small_maskgen()[0], small_titok(), maskgen_inputs()
+    z = f32(3 * np.random.RandomState(102).standard_normal((2, 12, 1, 40)))
+    agrees(se.soft_embed(z, *net.tables()), [-0.1172604, -0.01681067, -0.2186748, 0.06650103, -0.1632817], 84.7191359)
+    logits = net(se.soft_embed(z, *net.tables(), x == 40), cond)
+    agrees(logits, [-2.152438, -0.6280303, 0.2724501, -2.21175], 906.309109)
+    rng = np.random.RandomState(105)
+    codes, guide = torch.from_numpy(rng.randint(0, 40, (2, 12, 1))), f32(rng.standard_normal((2, 9, 32)))
+    image = lambda e: tok.decode(e, (guide,), clamp=False)
+    agrees(image(se.embed_tokens(codes, *tok.tables())), [-0.4007056, -0.3281703, -1.815939, -0.3795486], 1185.11061)
+    agrees(se.soft_embed(z, *tok.tables()), [-0.1985765, 0.3213078, 0.4190021, 0.3666705], 37.8919125)
+    agrees(image(se.soft_embed(z, *tok.tables())), [-0.3407001, -0.1757645, -1.543245, -0.3000831], 1187.89241)
+
+
+def test_titok_gives_the_golden_latents_and_codes():
+    img = uniform(104, 2, 3, 16, 16).float()
+    agrees(small_titok().latents(img).transpose(1, 2), [0.7846547, -0.04996341, -0.1444936, -0.5832853], 113.064351)
+    assert small_titok().encode(img)[..., 0].tolist() == [[6, 8, 25, 32, 8, 21, 31, 22, 32, 6, 25, 35],
+                                                          [6, 8, 31, 32, 8, 21, 31, 22, 32, 6, 25, 35]]
+
+
+def test_maskgen_from_prompts_to_images_is_the_golden_one():
+    (net, cond), rng, trace, shown = small_maskgen(), np.random.RandomState(103), [], maskgen_inputs()[0]
+    e = se.embed_tokens(shown, *net.tables())
+    agrees(net(e, cond), [-1.623105, -2.559797, -0.2644933, -1.364312, -0.2603985], 1201.24412)
+    agrees(dimo.guided_logits(net, e, cond, 5.0), [-5.610256, -7.887344, 2.604558, -5.543235, -11.21913], 3741.85291)
+    draws = lambda i: (f32(rng.random_sample((2, 12, 1, 40))), f32(rng.random_sample((2, 12, 1))))
+    highest = lambda z, temperature, u: (z + temperature * teachers.gumbel(u)).argmax(-1)  # Gumbel noise draws
+    x = teachers.sample(net, cond, teachers.maskgen_plan(12, 6, 3.0, 6.0), draws=draws, draw=highest, trace=trace)
+    assert [(t == 40).sum((1, 2)).tolist() for t in trace] == [[n] * 2 for n in (12, 10, 9, 8, 6, 4)]
+    assert trace[5][..., 0].tolist() == [[19, 40, 40, 40, 16, 19, 19, 17, 40, 16, 23, 8],
+                                         [40, 3, 40, 17, 5, 17, 8, 8, 40, 38, 40, 17]]
+    assert x[..., 0].tolist() == [[19, 19, 19, 19, 16, 19, 19, 17, 19, 16, 23, 8],
+                                  [17, 3, 17, 17, 5, 17, 8, 8, 17, 38, 17, 17]]
+    img = small_titok().decode(se.embed_tokens(x, *small_titok().tables()), cond, clamp=False)  # told the prompt
+    agrees(img, [-0.1625785, -0.6285173, -2.09211, -0.6503586, -0.3968382], 1240.8958)
+
+
+def test_maskgens_published_plan_is_the_golden_one():
+    plan = teachers.maskgen_plan(128, 16, **SPECS["maskgen"].settings(16))
+    assert [p.hidden for p in plan] == [122, 117, 112, 107, 102, 96, 91, 85, 79, 72, 66, 58, 50, 41, 28, 0]
+    guidance = [1.10568082, 1.41866279, 1.9269172, 2.6109128, 3.44436407, 4.39524126, 5.42700386, 6.5, 7.57299662,
+                8.60475922, 9.55563736, 10.3890877, 11.0730829, 11.5813379, 11.8943195, 12.0]
+    assert [p.w - 1 for p in plan] == pytest.approx(guidance, abs=2e-6)
+    assert [p.divide for p in plan] == pytest.approx([1.25 - 0.05 * i for i in range(16)])
+    assert [p.noise for p in plan] == [p.draw for p in plan] == pytest.approx([1.875 - 0.125 * i for i in range(16)])
+    hidden = [p.hidden for p in teachers.maskgen_plan(128, 64)]
+    assert (hidden[7::8], sum(hidden)) == ([117, 107, 96, 85, 72, 58, 41, 0], 5243 - 128)
+
+
+# ========================================================================================== teachers: prompts
+def test_prompts_become_the_golden_tokens_of_clip():
+    tower = teachers.TextTower(32, 2, 1, 32)
+    ids = tower.tokenize(["A cozy cabin in the middle of a snowy forest.", "", "word " * 100])
+    assert ids.shape == (3, 77) and ids[:, :14].tolist() == [
+        [49406, 320, 14873, 14178, 530, 518, 3694, 539, 320, 14191, 4167, 269, 49407, 0], [49406, 49407] + [0] * 12,
+        [49406] + [2653] * 13]
+    assert ids[:, -3:].tolist() == [[0, 0, 0], [0, 0, 0], [2653, 2653, 49407]]      # cut, but for the end
+
+
+def test_meissonics_tokenizer_reads_a_bang_as_padding():
+    bang, plain = (teachers.TextTower(32, 2, 1, 32, pads_with_bang=b) for b in (True, False))
+    start, a, cat, end = 49406, 320, 2368, 49407
+    expected = {"a cat": [start, a, cat, end], "a cat!!": [start, a, cat, 0, 0, end], "!": [start, 0, end],
+                "a! cat": [start, a, 0, cat, end], "!a!": [start, 0, a, 0, end]}
+    for prompt, ids in expected.items():
+        assert bang.tokenize([prompt])[0, : len(ids) + 1].tolist() == [*ids, 0]
+    assert plain.tokenize(["a cat!!"])[0, :5].tolist() == [start, a, cat, 748, end]     # elsewhere "!!" is a word
+    assert bang.tokenize(["!" * 99])[0].tolist() == [start] + [0] * 75 + [end]
+
+
+def test_the_activation_of_a_text_tower_is_the_specs_or_the_flags():
+    for flag, name in ((None, "QuickGELU"), ("gelu", "GELU"), ("quick_gelu", "QuickGELU")):
+        text = load_teacher("maskgen-tiny", random_weights=True, text_activation=flag).text
+        assert {type(block.mlp.gelu).__name__ for block in text.tower.transformer.resblocks} == {name}
+
+
+# ============================================================================== teachers: what all four share
+TINY = ("maskbit-tiny", "maskgit-tiny", "meissonic-tiny", "maskgen-tiny")
+tiny_teacher = functools.cache(functools.partial(load_teacher, random_weights=True))
+
+
+def tiny_inputs(name):
+    """A teacher with random weights, half masked tokens, their embedding, and a condition; batch of 2."""
+    teacher = tiny_teacher(name)
+    net, rows = teacher.net, teacher.conditions(["a cat", "two dogs on a red boat"])[:2]
+    x = integers(0, net.V, 2, net.L, net.G).masked_fill(uniform(1, 2, net.L, net.G) < 0.5, net.V)
+    return teacher, x, se.embed_tokens(x, *net.tables()), teacher.cond(rows)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_hot_logits_are_hard_tokens_bit_for_bit_in_every_teacher(name):
+    net, tok, *_ = tiny_teacher(name)
+    for E, bias in (net.tables(), tok.tables()):
+        V = E.shape[1] - 1
+        x, mask = integers(2, V, 3, net.L, net.G), uniform(3, 3, net.L, net.G) < 0.5
+        z = 1e4 * F.one_hot(x, V + (name == "maskgit-tiny")).float()                # whose logits have a mask entry
+        assert E.shape[:2] == (net.G, net.V + 1)
+        assert torch.equal(se.soft_embed(z, E, bias), se.embed_tokens(x, E, bias))
+        assert torch.equal(se.soft_embed(z, E, bias, mask), se.embed_tokens(x.masked_fill(mask, V), E, bias))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_teacher_samples_tokens_that_its_tokenizer_decodes(name):
+    teacher, _, _, cond = tiny_inputs(name)
+    net, tok, spec, _ = teacher
+    trace, _ = [], torch.manual_seed(0)
+    x = teachers.sample(net, cond, spec.plan(net.L * net.G, 3, **spec.settings(3)), trace=trace)
+    for before, after in zip(trace, [*trace[1:], x]):
+        assert torch.equal(before[before < net.V], after[before < net.V])           # what is known stays
+    img = teachers.decode_tokens(tok, x, cond)
+    assert (x < net.V).all() and img.shape == (2, *spec.image) and img.min() >= 0 and img.max() <= 1
+    assert tok.encode(img).shape == x.shape and (tok.V, tok.G) == (net.V, net.G)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_features_stop_at_the_last_layer_asked_for(name):
+    teacher, _, e, cond = tiny_inputs(name)
+    net, calls, blocks = teacher.net, [], [*teacher.net.blocks, *getattr(teacher.net, "single", ())]
+    handles = [b.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, b in enumerate(blocks)]
+    every = net(e, cond, layers=tuple(range(net.depth)))
+    assert calls == list(range(net.depth)) and len(every) == net.depth
+    for layers in [(0,), (1,), (0, 2), (1, 2), (net.depth - 1,)]:                   # Meissonic: 2 joint, 2 single
+        calls.clear()
+        features = net(e, cond, layers=layers)
+        assert calls == list(range(max(layers) + 1))
+        assert all(torch.equal(f, every[i]) for f, i in zip(features, layers, strict=True))
+    for h in handles:
+        h.remove()
+
+
+def value_and_gradients(module, f, e):
+    e = e.clone().requires_grad_()
+    out = f(e)
+    loss = (out * normal(5, *out.shape)).sum()
+    return [out, *torch.autograd.grad(loss, [e, *module.parameters()], allow_unused=True)]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_checkpointing_changes_neither_outputs_nor_gradients(name):
+    teacher, x, e, cond = tiny_inputs(name)
+    net, tok = (copy.deepcopy(m).requires_grad_() for m in teacher[:2])
+    e_dec = se.embed_tokens(x.clamp(max=net.V - 1), *tok.tables()).detach()
+    last = tok.decoder.transformer[-1] if name == "maskgen-tiny" else tok.decoder.mid.res_blocks[0]
+    for module, f, inputs, block in ((net, lambda e: net(e, cond), e, net.blocks[-1]),
+                                     (tok, lambda e: tok.decode(e, cond, clamp=False), e_dec, last)):
+        runs, results = [], []
+        handle = block.register_forward_pre_hook(lambda *_: runs.append(1))
+        for on in (False, True):
+            module.set_checkpointing(on)
+            results.append(value_and_gradients(module, f, inputs))
+        handle.remove()
+        assert len(runs) == 1 + 2, "computed again on the way back"
+        assert all(torch.equal(a, b) if a is not None else b is None for a, b in zip(*results, strict=True))
+
+
+def test_the_unconditional_condition_changes_the_prompt_alone():
+    for name, keeps in (("meissonic-tiny", (2, 3)), ("maskgen-tiny", (2, 3))):
+        teacher, _, e, cond = tiny_inputs(name)
+        null, empty = teacher.net.null(cond), teacher.cond(teacher.conditions([teacher.spec.negative]))
+        assert all(null[i] is cond[i] for i in keeps)                               # size and time; score and guide
+        assert all(torch.equal(null[i], empty[i].expand_as(cond[i])) for i in (0, 1))
+        assert not torch.equal(teacher.net(e, null), teacher.net(e, cond))
+    labels = torch.tensor([3, 0])
+    assert tiny_teacher("maskgit-tiny").net.null((labels,))[0].tolist() == [10, 10] and labels.tolist() == [3, 0]
+
+
+def test_the_decoder_of_maskgen_reads_the_prompt_and_no_other_does():
+    for name in TINY:
+        teacher, x, _, cond = tiny_inputs(name)
+        x, swapped = x.clamp(max=teacher.net.V - 1), tuple(c.flip(0) for c in cond)
+        a, b = (teachers.decode_tokens(teacher.tokenizer, x, c) for c in (cond, swapped))
+        assert torch.equal(a, b) == (name != "maskgen-tiny")
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("name", TINY)
+def test_logits_of_every_teacher_are_float32_under_bf16_autocast(name):
+    teacher, _, e, cond = tiny_inputs(name)
+    exact = teacher.net(e, cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = teacher.net(e, cond)
+    assert z.dtype == torch.float32 and z.bfloat16().float().ne(z).any(), "they were not rounded on the way"
+    assert 0 < (z - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_dropout_is_where_a_teacher_was_trained_with_it():
+    for name in TINY:
+        teacher, _, e, cond = tiny_inputs(name)
+        net = copy.deepcopy(teacher.net).set_dropout(0.5)
+        still = net.eval()(e, cond)
+        assert torch.equal(net.train()(e, cond), still) == (name in ("meissonic-tiny", "maskgen-tiny"))
+        assert torch.equal(net.set_dropout(0.0).train()(e, cond), still)
+
+
+def test_perturbed_input_is_noise_on_the_embedding_where_no_norm_comes_first():
+    for name in set(TINY) - {"meissonic-tiny"}:
+        teacher, _, e, cond = tiny_inputs(name)
+        noise = normal(2, *e.shape)
+        assert torch.equal(teacher.net(e, cond, s=0.3, noise=noise), teacher.net(dimo.perturb(e, 0.3, noise), cond))
+
+
+@pytest.mark.parametrize("make, millions", [(teachers.Meissonic, 988.0), (teachers.MaskGit, 171.9),
+                                            (teachers.MaskGen, 594.8)])
+def test_distillation_trains_all_but_the_embedding_layer_and_the_output_layer(make, millions):
+    with torch.device("meta"):
+        net = make()
+    frozen = {id(p) for p in net.frozen()}
+    assert abs(sum(p.numel() for p in net.parameters() if id(p) not in frozen) / 1e6 - millions) < 0.05
+
+
+# ==================================================================================== memory, counted at full size
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages alive; with fake tensors, which have sizes and no data, at any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def see(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.see(t)
+        return out
+
+
+def test_memory_of_a_meissonic_step_at_1024_pixels_counts_well_below_80_gb():
+    B, spec, bf16 = 4, SPECS["meissonic"], torch.autocast("cpu", torch.bfloat16)
+    with FakeTensorMode(), LiveBytes() as live:
+        net, student, aux, ema = (spec.Net(**spec.net) for _ in range(4))
+        tok = spec.Tokenizer(**spec.tokenizer).requires_grad_(False)
+        net.requires_grad_(False), ema.requires_grad_(False)
+        for m in (m for blocks in (net.blocks, net.single) for m in blocks.modules() if isinstance(m, nn.Linear)):
+            m.weight, m.bias = (nn.Parameter(p.bfloat16(), requires_grad=False) for p in (m.weight, m.bias))    # net.halve()
+        for m in (net, student, aux, tok):
+            m.set_checkpointing()
+        opts = [torch.optim.Adam([p.requires_grad_(False) if any(p is q for q in m.frozen()) else p for p in m.parameters()],
+                                 foreach=False) for m in (student, aux)]
+        cond = torch.empty(B, 77, 1024), torch.empty(B, 1024), torch.empty(B, 5), torch.empty(B)
+        net.null_text, net.null_pooled = cond[0][:1], cond[1][:1]
+        x, mask, noise = torch.zeros(B, 4096, 1).long(), torch.ones(B, 4096, 1).bool(), torch.empty(B, 4096, 1024)
+        E, bias = (t.detach() for t in student.tables())
+        for _ in range(2):                                        # Adam's moments exist from the first step on
+            live.peak = live.now
+            with bf16:
+                z = dimo.student_logits(student, x, cond, E, bias, 0.3, noise)
+                drawn = se.sample_tokens(z.detach(), u=torch.empty(B, 4096, 1))
+                z.backward(dimo.dimo_grad(net, aux, se.embed_tokens(drawn, E, bias), cond, mask, 4.0))
+            opts[0].step(), opts[0].zero_grad()
+            with bf16:
+                dimo.aux_loss(aux(se.embed_tokens(drawn, E, bias), cond), drawn, mask).backward()
+            opts[1].step(), opts[1].zero_grad()
+            del z, drawn
+        step, rest = live.peak, live.now
+        live.peak, z = rest, torch.empty(1, 4096, 1, 8192, requires_grad=True)
+        tok.decode(se.soft_embed(z, *tok.tables())).mean().backward()
+    print(f"at rest {rest / 1e9:.1f} GB, Di[M]O step {step / 1e9:.1f}, decoder {(live.peak - rest) / 1e9:.1f} above rest")
+    assert 30e9 < rest < 32e9 and step < 40e9 and live.peak - rest < 11e9
+
+
+# ============================================================================== teachers: the Halton baseline
+def test_halton_order_visits_every_cell_and_begins_as_by_hand():
+    for rows, columns in [(2, 2), (4, 4), (8, 8), (16, 16), (32, 32), (8, 12)]:
+        order = teachers.halton_order((rows, columns))
+        assert order.shape == (rows * columns, 1) and set(order[:, 0].tolist()) == set(range(rows * columns))
+    points = [(1/2, 1/3), (1/4, 2/3), (3/4, 1/9), (1/8, 4/9), (5/8, 7/9), (3/8, 2/9), (7/8, 5/9), (1/16, 8/9)]
+    cells = [4 * int(4 * a) + int(4 * b) for a, b in points]
+    assert cells == [9, 6, 12, 1, 11, 4, 14, 3]                                     # row-major, all different
+    assert teachers.halton_order((4, 4))[cells, 0].tolist() == list(range(8))
+    wide = [8 * int(2 * a) + int(8 * b) for a, b in points[:4]]                     # 2 rows, 8 columns
+    assert wide == [10, 5, 8, 3] and teachers.halton_order((2, 8))[wide, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_given_an_order_the_sampler_keeps_the_lowest_ranks_first():
+    net, order, trace = small_maskgit(), teachers.halton_order(small_maskgit().grid), []
+    plan = teachers.maskbit_plan(16, 6, guidance=2.0, temperature=5.0)
+    x = teachers.sample(net, (torch.tensor([1, 2]),), plan, order=order, trace=trace,
+                        draw=lambda z, temperature, u: z[..., :32].argmax(-1))      # never the mask
+    assert (x < 32).all()
+    for t, hidden in zip(trace, [16, *(p.hidden for p in plan)]):
+        assert ((t < 32) == (order < 16 - hidden)).all()
 
 
 # ============================================================================= teachers: how they are trained
@@ -936,7 +1651,7 @@ def test_mdm_loss_is_the_golden_one(monkeypatch):
     net, x, mask = Recorder(normal(16, 3, 16, 2, 16)), integers(10, 16, 3, 16, 2), uniform(11, 3, 16, 2) < 0.5
     drawn = iter([torch.full((3,), 0.5), 1.0 - mask.float(), torch.ones(3)])        # ratio, units, label dropping
     monkeypatch.setattr(torch, "rand", lambda *size, **_: next(drawn))
-    loss, log = teachers.mdm_loss(net, x, torch.tensor([1, 2, 3]))
+    loss, log = mdm_loss(net, x, torch.tensor([1, 2, 3]))
     assert loss.item() == pytest.approx(3.2203765, abs=2e-6)
     assert log["masked"].item() == pytest.approx(3.1023631, abs=2e-6)
     assert torch.equal(net.masked, mask) and net.labels.tolist() == [1, 2, 3]
@@ -945,7 +1660,7 @@ def test_mdm_loss_is_the_golden_one(monkeypatch):
 def test_mdm_training_masks_units_independently_at_one_ratio_an_image():
     torch.manual_seed(0)
     net = Recorder(torch.zeros(4000, 16, 2, 16))
-    teachers.mdm_loss(net, torch.zeros(4000, 16, 2, dtype=torch.long), torch.zeros(4000, dtype=torch.long))
+    mdm_loss(net, torch.zeros(4000, 16, 2, dtype=torch.long), torch.zeros(4000, dtype=torch.long))
     m = net.masked.float()
     assert abs(m.mean() - 2 / math.pi) < 0.01                                       # E r, r = arccos(u) 2/pi
     assert abs((m[..., 0] * m[..., 1]).mean() - 4 * (math.pi - 2) / math.pi**2) < 0.01  # E r^2: both groups
@@ -956,7 +1671,7 @@ def test_mdm_training_masks_units_independently_at_one_ratio_an_image():
 def test_tokenizer_loss_knows_the_entropies_over_all_joint_codes():
     tok = teachers.BitTokenizer(channels=4, hidden=4, mult=(1,), blocks=1, bits=4, norm_groups=1)
     tok.encoder, tok.decoder, img = nn.Identity(), nn.Identity(), 0.3 * normal(0, 3, 4, 5, 5)
-    log = teachers.tokenizer_loss(tok, img)[1]
+    log = tokenizer_loss(tok, img)[1]
     z = img.permute(0, 2, 3, 1).reshape(-1, 1, 4)                                   # (75, 1, 4)
     codes = torch.sigmoid(4 * z * teachers.bits_of(torch.arange(16), 4)).prod(-1)   # (75, 16), all 2^4 enumerated
     entropy = lambda p: -(p * p.log()).sum(-1)
@@ -969,27 +1684,59 @@ def fingerprint(shapes):
     return hashlib.sha256("\n".join(sorted(f"{k} {list(s)}" for k, s in shapes.items())).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("make, file, count, digest, parameters", [
-    (teachers.MaskBit, generator_file, 301,
-     "1eeed3f0dcfef5574a3a85d21d46677c225546c88f96f55821276d353b8c2d48", {"": 304_929_024}),
-    (teachers.BitTokenizer, tokenizer_file, 177,
-     "e4f39a5bb2de414bf1017f5331331a8906af42181e96e5c0446e153f18f57dc1",
-     {"": 54_489_489, "encoder": 25_126_286, "decoder": 29_363_203}),
+@pytest.mark.parametrize("teacher, role, file, count, digest, parameters", [
+    ("maskbit", "net", generator_file, 301,
+     "1eeed3f0dcfef5574a3a85d21d46677c225546c88f96f55821276d353b8c2d48", 304_929_024),
+    ("maskbit", "tokenizer", tokenizer_file, 177,
+     "e4f39a5bb2de414bf1017f5331331a8906af42181e96e5c0446e153f18f57dc1", 54_489_489),
+    ("maskgit", "net", maskgit_file, 305,
+     "05951913674e114e9c3a7eed3a0034148e9855bbdb29455a39d1b463bdf98cce", 174_160_874),
+    ("maskgit-512", "net", maskgit_file, 305,
+     "75b5b86b31174ee4ee04ba387b62686a7dbeb951d21b76fcc350bf9cea489f04", 176_306_666),
+    ("maskgit", "tokenizer", vqgan_file, 343,
+     "daa361925932ed87b817215688950b279b7a18066684a6df4da5a26a61434258", 72_141_699),
+    ("meissonic", "net", meissonic_file, 867,
+     "9ec30148fd1d0824fa07ae1b3458e913f4e6871d9ba796bd50d37969f83065da", 1_006_946_304),
+    ("meissonic", "tokenizer", vqvae_file, 277,
+     "5d919826cdd3bff4b1cb8ab1d15b7af812af027b51a3f5a1a6363b5984e352c5", 146_244_675),
+    ("meissonic", "text", clip_file, 389,
+     "a89288e7a8db1ef0ab1516f4d95fdb7a5277ed8d75e43836e0ba19824022c68a", 354_032_640),
+    ("meissonic", "text", lambda: open_clip_file(1024, 24, 1024), 294,
+     "cc1dcd8205bd26c35514546a332054e7f38cba4b6f1e34d011e99c43e1b8272f", 354_032_640),
+    ("maskgen", "net", maskgen_file, 450,
+     "360e8da7bec94792a8f2b35fa6436bcfa4de3c4ad1aa39da4ed1c8955d4473c3", 604_311_552),
+    ("maskgen-xl", "net", maskgen_file, 562,
+     "346e220267b87e68d61c4468077479f6ee7ebaef09694681b37db6b993e26dd2", 1_176_611_840),
+    ("maskgen", "tokenizer", titok_file, 462,
+     "3740cb0deb2894bd433d1168e1f2920ae5580e970f5a3c9bd013dae59dc246c8", 391_046_292),
+    ("maskgen", "text", open_clip_file, 150,
+     "063377c770e7ff633838b906f2ff5b3838384ade1b302c2d93b9f4f57e271ec6", 123_650_304),
 ])
-def test_published_sizes_have_exactly_the_published_tensors(make, file, count, digest, parameters):
-    shapes = file()
+def test_published_sizes_have_exactly_the_published_tensors(teacher, role, file, count, digest, parameters):
+    spec = SPECS[teacher]
+    make, sizes = {"net": (spec.Net, spec.net), "tokenizer": (spec.Tokenizer, spec.tokenizer),
+                   "text": (teachers.TextTower, spec.text)}[role]
+    shapes = shapes_in(file, sizes)
     assert len(shapes) == count and fingerprint(shapes) == digest                   # the files' true key list
     with torch.device("meta"):
-        module = make()
-        state = teachers.published_state({k: torch.empty(s) for k, s in shapes.items()}, module)
-    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in module.state_dict().items()}
-    for part, number in parameters.items():
-        assert sum(p.numel() for p in module.get_submodule(part).parameters()) == number
+        module = make(**sizes)
+        state, complaints = teachers.published_state({k: torch.empty(s) for k, s in shapes.items()}, module)
+    shape = lambda tensors: {k: v.shape for k, v in tensors.items()}
+    assert not complaints and shape(state) == shape(module.state_dict())
+    assert sum(p.numel() for p in module.parameters()) == parameters
 
 
-def test_published_generator_has_16_heads_though_no_file_says_so():
-    with torch.device("meta"):
-        assert {b.attn.heads for b in teachers.MaskBit().blocks} == {16}            # 8 would load, and give nonsense
+def test_head_counts_are_right_though_no_file_says_them():
+    heads = lambda module, *kinds: {m.heads for m in module.modules() if isinstance(m, kinds)}
+    with torch.device("meta"):                                                      # others load as well: nonsense
+        net = {k: spec.Net(**spec.net) for k, spec in SPECS.items()}
+        tok = {k: spec.Tokenizer(**spec.tokenizer) for k, spec in SPECS.items()}
+    Attention, Stream = teachers.Attention, teachers.Stream
+    assert heads(net["maskbit"], Attention) == heads(net["maskgit"], Attention) == {16}
+    assert heads(net["meissonic"], Stream, teachers.SingleBlock) == {8}
+    assert heads(net["maskgen"], Stream) == heads(net["maskgen-xl"], Stream) == {16}
+    assert heads(tok["maskgit"], Attention) == {1} and not heads(tok["meissonic"], Attention)
+    assert heads(tok["maskgen"].encoder, Attention) == {12} and heads(tok["maskgen"].decoder, Attention) == {16}
 
 
 def test_aliases_prefixes_wrappers_and_extras_load_to_the_same_weights():
@@ -1008,11 +1755,13 @@ def test_aliases_prefixes_wrappers_and_extras_load_to_the_same_weights():
 
 
 def test_half_precision_files_load_into_float32():
-    file = seeded(generator_file(**SIZES))
-    for dtype in (torch.float16, torch.bfloat16):
-        state = teachers.load_state(mini_net(), {k: v.to(dtype) for k, v in file.items()}, "half").state_dict()
-        assert state["pos_emb"].dtype == torch.float32
-        assert torch.equal(state["pos_emb"], file["pos_emb"].to(dtype).float())
+    for name, theirs, ours in [("MaskGit", "pos_emb", "pos_emb"), ("MaskGen", "embeddings.weight", "tok_emb.weight"),
+                               ("Meissonic", "mlm_layer.conv2.weight", "to_logits.weight")]:
+        for dtype in (torch.float16, torch.bfloat16):
+            file = {k: v.to(dtype) for k, v in published(name).items()}
+            state = teachers.load_state(empty(name), file, "half").state_dict()
+            assert all(v.dtype == torch.float32 for v in state.values())
+            assert torch.equal(state[ours].flatten(), file[theirs].float().flatten())
 
 
 def test_a_file_that_does_not_fit_is_refused_by_name():
@@ -1033,6 +1782,161 @@ def test_a_file_that_does_not_fit_is_refused_by_name():
         teachers.load_state(net, [1, 2], "list.bin")
 
 
+def refusal(module, state, source="some.bin"):
+    """The sentence with which a file is refused; the module stays as it was."""
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    with pytest.raises(UserError) as err:
+        teachers.load_state(module, state, source)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items()), "nothing is half loaded"
+    return str(err.value)
+
+
+VQ = dict(widths=(8, 16), latent=8, embed=4, V=6, norm_groups=4)
+SMALL = {  # class, published file, and sizes of a small one
+    "MaskGit": (teachers.MaskGit, maskgit_file, MASKGIT),
+    "VQGAN": (teachers.VQTokenizer, vqgan_file, dict(VQ, attention=(1,))),
+    "VQ-VAE": (teachers.VQTokenizer, vqvae_file, dict(VQ, attention=(), signed=False)),
+    "Meissonic": (teachers.Meissonic, meissonic_file, MEISSONIC),
+    "MaskGen": (teachers.MaskGen, maskgen_file, MASKGEN),
+    "TATiTok": (teachers.TATiTok, titok_file, TITOK),
+    "TextTower": (teachers.TextTower, clip_file, dict(width=32, heads=2, depth=2, out=48, vocab=64, context=9)),
+}
+
+
+def empty(name):
+    """A small network of its class, its weights of no meaning."""
+    make, _, sizes = SMALL[name]
+    return make(**sizes)
+
+
+def published(name, extras={}):
+    """Its seeded published file, perhaps with more in it."""
+    _, file, sizes = SMALL[name]
+    return seeded(shapes_in(file, sizes) | extras)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_file_but_the_right_one_is_refused_with_a_sentence(name):
+    net, file = empty(name), published(name)
+    for other in SMALL.keys() - {name}:
+        sentence = refusal(net, published(other), f"{other}.bin")
+        assert f"{other}.bin does not fit {type(net).__name__}: " in sentence and "another teacher's file" in sentence
+    for key in list(file)[::7]:                                                     # one under another name
+        sentence = refusal(net, {"else." + k if k == key else k: v for k, v in file.items()})
+        assert "missing" in sentence and "unexpected else." in sentence
+        assert "of another shape" in refusal(net, {**file, key: torch.cat([file[key]] * 2)})
+    assert teachers.load_state(net, file, "right.bin") is net
+
+
+@pytest.mark.parametrize("name, part, packed", [
+    ("Meissonic", "transformer_blocks.1.attn.to_{}.weight", "blocks.1.image.qkv.weight"),
+    ("Meissonic", "transformer_blocks.0.attn.add_{}_proj.bias", "blocks.0.text.qkv.bias"),
+    ("Meissonic", "single_transformer_blocks.2.attn.to_{}.weight", "single.2.qkv.weight"),
+    ("MaskGen", "blocks.2.attn.add_{}_proj.weight", "blocks.2.text.qkv.weight"),
+    ("VQGAN", "decoder.up.1.attn.2.{}.weight", "decoder.up.0.attn.2.attn.qkv.weight"),
+    ("TextTower", "text_model.encoder.layers.1.self_attn.{}_proj.bias",
+     "tower.transformer.resblocks.1.attn.in_proj_bias")])
+def test_packed_rows_are_the_files_q_k_and_v_in_this_order(name, part, packed):
+    net, file = empty(name), published(name)
+    own = teachers.load_state(net, dict(reversed(file.items())), "reversed").state_dict()
+    rows = torch.cat([file[part.format(c)] for c in "qkv"])
+    assert torch.equal(own[packed], rows.flatten(1) if rows.ndim == 4 else rows)
+    sentence = refusal(net, {k: v for k, v in file.items() if k != part.format("k")})
+    assert f"part k of {packed} missing" in sentence and "unexpected" not in sentence
+
+
+def test_last_text_stream_of_maskgen_has_no_way_out_and_its_scale_comes_first():
+    net, file, h, s = empty("MaskGen"), published("MaskGen"), normal(0, 1, 5, 48), normal(1, 1, 48)
+    assert not any("blocks.2.ff_context" in k or "blocks.2.attn.to_add_out" in k for k in file)
+    through = lambda x, name: F.linear(x, file[f"blocks.2.{name}.weight"], file[f"blocks.2.{name}.bias"])
+    scale, shift = through(s, "norm1_context.linear").chunk(2, -1)
+    q = through(F.layer_norm(h, (48,), eps=1e-6) * (1 + scale) + shift, "attn.add_q_proj")
+    entered = teachers.load_state(net, file, "seeded").blocks[2].text.enter(h, s)[0][0]         # (1, heads, 5, 12)
+    assert close(entered.transpose(1, 2).flatten(2), q, atol=1e-5)
+
+
+def test_a_tied_output_layer_may_be_in_the_file_twice_but_not_differ():
+    file = published("MaskGen")
+    plain, head = teachers.load_state(empty("MaskGen"), file, "plain").state_dict(), file["embeddings.weight"]
+    alone = {k.replace("embeddings", "lm_head"): v for k, v in file.items()}
+    for variant in (alone, file | {"lm_head.weight": head.clone()}, {"lm_head.weight": head} | file):
+        state = teachers.load_state(empty("MaskGen"), variant, "tied").state_dict()
+        assert all(torch.equal(state[k], v) for k, v in plain.items())
+    sentence = refusal(empty("MaskGen"), file | {"lm_head.weight": head + 1e-3})
+    assert "two different tensors for tok_emb.weight, one of them lm_head.weight" in sentence
+
+
+@pytest.mark.parametrize("name, extras", [
+    ("VQGAN", {"loss.discriminator.main.0.weight": [4, 3, 4, 4], "loss.perceptual_loss.lin0.model.1.weight": [1, 4]}),
+    ("TATiTok", {"quantize.embed_prob": [40]}),
+    ("TextTower", {"logit_scale": [], "vision_model.encoder.layers.0.mlp.fc1.weight": [4, 4],
+                   "visual_projection.weight": [48, 4], "text_model.embeddings.position_ids": [1, 9]})])
+def test_what_else_a_published_file_holds_is_dropped(name, extras):
+    plain, wrapped = published(name), {f"module.{k}": v for k, v in published(name, extras).items()}
+    own = teachers.load_state(empty(name), plain, "plain").state_dict()
+    state = teachers.load_state(empty(name), {"state_dict": wrapped, "epoch": 3}, "extras").state_dict()
+    assert all(torch.equal(state[k], v) for k, v in own.items())
+    assert "unexpected other.weight" in refusal(empty(name), plain | {"other.weight": torch.zeros(1)})
+
+
+def test_a_text_tower_loads_from_either_librarys_file():
+    file = published("TextTower")
+    own = teachers.load_state(empty("TextTower"), file, "transformers").state_dict()
+    assert torch.equal(own["tower.text_projection"], file["text_projection.weight"].T)  # (32, 48) from (48, 32)
+    other = {k.removeprefix("tower."): v for k, v in own.items()}                   # open_clip's names
+    assert other.keys() == open_clip_file(32, 2, 48, 64, 9).keys() - {"logit_scale"}
+    visual = {"visual.conv1.weight": torch.zeros(3), "logit_scale": torch.zeros(())}
+    state = teachers.load_state(empty("TextTower"), other | visual, "open_clip").state_dict()
+    assert all(torch.equal(state[k], v) for k, v in own.items())
+
+
+@pytest.mark.parametrize("name, role", [(n, r) for n in TINY for r in SPECS[n].roles])
+def test_a_networks_own_names_load_unchanged(name, role):
+    module = teachers.build(SPECS[name], role, random_weights=True)
+    state = {k: v + 1 if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    loaded = teachers.load_state(module, state, "own").state_dict()                 # nothing stays by accident
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+
+
+def test_decoder_levels_are_stored_from_the_finest_in_one_file_and_the_coarsest_in_the_other():
+    for name, finest in (("VQGAN", "up.0.block.0.norm1"), ("VQ-VAE", "up_blocks.1.resnets.0.norm1")):
+        file = published(name)
+        own = teachers.load_state(empty(name), file, name).state_dict()
+        assert own["decoder.up.0.res_blocks.0.conv1.weight"].shape == (16, 16, 3, 3)  # the coarsest
+        assert torch.equal(own["decoder.up.1.res_blocks.0.norm1.weight"], file[f"decoder.{finest}.weight"])
+
+
+def test_a_hubs_folder_is_read_with_the_file_in_it_or_in_its_subfolder(tmp_path):
+    from safetensors.torch import save_file
+
+    for role, name in (("net", "transformer"), ("tokenizer", "vqvae"), ("text", "text_encoder")):
+        (tmp_path / "hub" / name).mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, tmp_path / "hub" / name / "diffusion_pytorch_model.safetensors")
+        (tmp_path / f"x{role}").mkdir()
+        with pytest.raises(UserError, match=f"no weights in the folder .*x{role}, nor in its {name}/: expected"):
+            teachers.read_weights(str(tmp_path / f"x{role}"), role)
+        for folder in ("hub", f"hub/{name}"):
+            assert teachers.read_weights(str(tmp_path / folder), role)["w"].tolist() == [1, 1]
+    torch.save({"w": torch.zeros(2)}, tmp_path / "hub" / "pytorch_model.bin")
+    assert teachers.read_weights(str(tmp_path / "hub"), "text")["w"].tolist() == [0, 0]         # the nearer one first
+
+
+def test_a_config_beside_the_weights_knows_the_head_count(tmp_path):
+    from safetensors.torch import save_file
+
+    spec = SPECS["maskgen-tiny"]
+    save_file(teachers.build(spec, "net", random_weights=True).state_dict(), tmp_path / "model.safetensors")
+    heads = lambda path: {b.image.heads for b in teachers.build(spec, "net", str(path)).blocks}
+    assert heads(tmp_path) == {4}                                                   # the spec's
+    stated = {"decoder_num_heads": 2, "sample_aesthetic_score": 5.0, "weight_init": [1]}
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"maskgen": stated}, "seed": 1}))
+    assert heads(tmp_path) == heads(tmp_path / "model.safetensors") == {2}
+    assert teachers.build(spec, "net", str(tmp_path)).score == 5.0
+    (tmp_path / "config.json").write_text("{ cut short")
+    with pytest.raises(UserError, match="cannot read .*config.json beside the weights"):
+        teachers.build(spec, "net", str(tmp_path))
+
+
 def test_unreadable_files_are_refused_with_a_sentence(tmp_path):
     from safetensors.torch import save_file
 
@@ -1051,20 +1955,50 @@ def test_unreadable_files_are_refused_with_a_sentence(tmp_path):
 
 
 class Payload:
-    """What an attacker would put into a pickle."""
+    """What an attacker would put into a pickle: a call."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, f, path):
+        self.call = f, (path,)
 
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return self.call
 
 
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
-    torch.save({"pos_emb": torch.zeros(2), "x": Payload(str(tmp_path / "ran"))}, tmp_path / "evil.bin")
-    with pytest.raises(teachers.UserError, match="cannot read .*evil.bin"):
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    torch.save({"pos_emb": torch.zeros(2), "x": Payload(os.mkdir, str(tmp_path / "ran"))}, tmp_path / "evil.bin")
+    with pytest.raises(teachers.UserError, match="cannot read .*evil.bin .*mkdir"):
         teachers.read_weights(str(tmp_path / "evil.bin"))
     assert not (tmp_path / "ran").exists()
+    (tmp_path / "here").mkdir()
+    torch.save({"pos_emb": torch.zeros(2), "x": Payload(shutil.rmtree, str(tmp_path / "here"))}, tmp_path / "odd.bin")
+    assert teachers.read_weights(str(tmp_path / "odd.bin"))["pos_emb"].tolist() == [0, 0]       # a class like any other
+    assert (tmp_path / "here").exists()
+
+
+def test_a_pickle_that_mentions_unknown_classes_gives_its_tensors_and_runs_nothing(tmp_path):
+    trainer = types.ModuleType("old_trainer")
+    exec("class Callback:\n    def __init__(self): self.best, self.seen = 0.5, [1, 2]", vars(trainer))
+    trainer.Callback.__module__, sys.modules["old_trainer"] = "old_trainer", trainer
+    w = normal(0, 3, 4)
+    try:
+        callbacks = {trainer.Callback: trainer.Callback(), "n": 1}
+        torch.save({"state_dict": {"w": w}, "callbacks": callbacks}, tmp_path / "last.ckpt")
+    finally:
+        del sys.modules["old_trainer"]
+    with pytest.raises(Exception, match="old_trainer"):
+        torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(teachers.read_weights(str(tmp_path / "last.ckpt"))["state_dict"]["w"], w)
+
+
+@pytest.mark.parametrize("name, file", [("maskgit-tiny", maskgit_file), ("meissonic-tiny", meissonic_file)])
+def test_a_bare_student_in_the_published_names_is_loaded_beside_its_teacher(tmp_path, name, file):
+    torch.save(seeded(shapes_in(file, SPECS[name].net)), tmp_path / "theta.bin")
+    teacher, net, config = teachers.load_student(str(tmp_path / "theta.bin"), name, random_weights=True)
+    expected = filled(SPECS[name].Net, file, **SPECS[name].net).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in net.state_dict().items()) and config == {}
+    assert all(torch.equal(v, w) for v, w in zip(teacher.net.parameters(), tiny_teacher(name).net.parameters()))
+    if teacher.text is not None:                                                    # guidance needs the empty prompt
+        assert torch.equal(net.null_text, teacher.net.null_text) and not net.training
 
 
 def test_without_network_the_message_names_repository_file_and_flag(monkeypatch):
@@ -1084,20 +2018,18 @@ def test_a_teacher_is_frozen_and_with_random_weights_needs_no_file():
     teacher = teachers.load_teacher("maskbit-tiny", random_weights=True)
     assert not any(p.requires_grad for m in teacher[:2] for p in m.parameters())
     assert not teacher.net.training and not teacher.tokenizer.training
-    x = teachers.sample(teacher.net, (torch.tensor([1, 9]),), 4, **teacher.spec.sampling_for(4))
-    assert teachers.decode_tokens(teacher.tokenizer, x).shape == (2, *teacher.spec.image)
     with pytest.raises(teachers.UserError, match="unknown teacher 'maskgoat': expected one of maskbit,"):
         teachers.load_teacher("maskgoat")
 
 
-def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone():
+@pytest.mark.parametrize("name", TINY)
+def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone(name):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    a = teachers.load_teacher("maskbit-tiny", random_weights=True)
+    a = load_teacher(name, random_weights=True)
     assert torch.equal(torch.rand(3), expected)
-    b = teachers.load_teacher("maskbit-tiny", random_weights=True)
-    for m, n in zip(a[:2], b[:2]):
+    for m, n in zip((a.net, a.tokenizer), tiny_teacher(name)[:2]):
         assert all(torch.equal(v, w) for v, w in zip(m.parameters(), n.parameters(), strict=True))
 
 
@@ -1139,6 +2071,102 @@ def test_a_student_checkpoint_brings_its_teacher_and_its_ema_weights(tmp_path):
         teachers.load_student(str(tmp_path / "bare.bin"))
 
 
+# ========================================================================================== teachers: --check
+def photo(path, seed, size=(40, 36)):
+    img = Image.fromarray(np.random.RandomState(seed).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    img.save(path)
+    return img
+
+
+def test_real_images_come_with_the_label_of_their_folder_or_the_prompt_beside_them(tmp_path):
+    for c in "ab":
+        (tmp_path / "classes" / c).mkdir(parents=True)
+    (tmp_path / "prompts").mkdir()
+    photos = [photo(tmp_path / "classes" / "ab"[i // 3] / f"{i}.png", i) for i in range(6)]
+    spec = SPECS["maskgit-tiny"]
+    img, labels = teachers.real_images(str(tmp_path / "classes"), spec, 6)
+    cropped = [np.asarray(imagenet.centre_crop(p, 32)).transpose(2, 0, 1) for p in photos]
+    assert labels == [0, 0, 0, 1, 1, 1] and np.array_equal(img.numpy(), np.stack(cropped))
+    img, labels = teachers.real_images(str(tmp_path / "classes"), spec, 3)          # spread over the folder
+    assert labels == [0, 0, 1] and np.array_equal(img.numpy(), np.stack(cropped[::2]))
+    for i in (1, 0, 2):
+        photo(tmp_path / "prompts" / f"{i}.png", i)
+    for i in range(2):                                                              # the third has no prompt
+        (tmp_path / "prompts" / f"{i}.txt").write_text(f" prompt {i}\n")
+    img, prompts = teachers.real_images(str(tmp_path / "prompts"), SPECS["maskgen-tiny"], 64)
+    assert prompts == ["prompt 0", "prompt 1"] and np.array_equal(img.numpy(), np.stack(cropped[:2]))
+
+
+def test_folders_that_cannot_check_a_teacher_are_refused_with_a_sentence(tmp_path):
+    (tmp_path / "prompts").mkdir(), photo(tmp_path / "prompts" / "0.png", 0)
+    for folder, words in (("prompts", "each with its prompt in a text file"), ("nowhere", "no such folder")):
+        with pytest.raises(UserError, match=words):
+            teachers.real_images(str(tmp_path / folder), SPECS["meissonic-tiny"], 4)
+    (tmp_path / "prompts" / "0.txt").write_text("x"), (tmp_path / "prompts" / "0.png").write_bytes(b"cut")
+    with pytest.raises(UserError, match="cannot read 0.png: UnidentifiedImageError"):
+        teachers.real_images(str(tmp_path / "prompts"), SPECS["meissonic-tiny"], 4)
+
+
+class AllKnowing:
+    """Net and tokenizer of a world where an image of class c is all tokens c: certain of them if told the class."""
+
+    V, L, G, null = 8, 16, 1, lambda self, cond: (torch.full_like(cond[0], 8),)
+
+    def tables(self):
+        return torch.zeros(1, 9, 1), torch.zeros(())
+
+    def parameters(self):
+        return iter([torch.zeros(1)])
+
+    def __call__(self, e, cond):
+        return 100 * F.one_hot(cond[0], 9)[:, None, None, :8].expand(-1, 16, 1, 8).float()
+
+    def encode(self, img):
+        return (img[:, :1, 0, 0] * 255 / 10).round().long()[..., None].expand(-1, 16, 1)
+
+    def decode(self, e, cond):
+        return torch.full((len(e), 3, 4, 4), 0.25)
+
+
+def test_knowing_is_measured_in_decibels_and_in_nats_a_masked_token():
+    labels, world = [0, 3, 7, 3, 5], AllKnowing()
+    img = (10 * torch.tensor(labels, dtype=torch.uint8)).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    found = teachers.knows(teachers.Teacher(world, world, SPECS["maskgit-tiny"]), img, labels, batch=2)
+    error = (0.25 - img.double() / 255).square().mean().item()
+    assert found == pytest.approx({"psnr": -10 * math.log10(error), "nats": 0, "nats_null": math.log(8),
+                                   "nats_uniform": math.log(8), "images": 5}, abs=1e-5)
+
+
+def test_check_reports_each_file_and_what_the_teacher_knows(tmp_path, capsys):
+    teacher, spec = tiny_teacher("maskgen-tiny"), SPECS["maskgen-tiny"]
+    for role in spec.roles:
+        torch.save(getattr(teacher, role).state_dict(), tmp_path / f"{role}.bin")
+    photo(tmp_path / "a.png", 0), (tmp_path / "a.txt").write_text("a cat")
+    path = lambda role: str(tmp_path / f"{role}.bin")
+    args = types.SimpleNamespace(check="maskgen-tiny", random_weights=False, text_activation=None, device="cpu", n=4,
+                                 images=str(tmp_path), teacher_weights=path("net"),
+                                 tokenizer_weights=path("tokenizer"), text_weights=path("text"))
+    teachers.check(args)
+    out = capsys.readouterr().out.splitlines()
+    for line, role in zip(out, spec.roles):
+        n = sum(p.numel() for p in getattr(teacher, role).parameters())
+        assert line.startswith(role) and " ok " in line and path(role) in line
+        assert f"{n:,} parameters, all finite: yes" in line
+    found, expected = json.loads(out[-1]), teachers.knows(teacher, *teachers.real_images(str(tmp_path), spec, 4))
+    assert found.pop("teacher") == "maskgen-tiny" and found == pytest.approx(expected)
+    args.tokenizer_weights = args.teacher_weights
+    with pytest.raises(UserError, match="maskgen-tiny is not complete"):
+        teachers.check(args)
+    assert "tokenizer  NOT  " in capsys.readouterr().out
+
+
+def test_check_ends_with_2_and_a_sentence_where_a_file_is_not_right(tmp_path):
+    command = [sys.executable, os.path.join(HERE, "teachers.py"), "--check", "maskbit-tiny"]
+    done = subprocess.run([*command, "--teacher_weights", str(tmp_path / "no.bin")], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "maskbit-tiny is not complete" in done.stderr
+    assert "net        NOT  no weights at" in done.stdout and "tokenizer  ok " in done.stdout
+
+
 @pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="a minute and 4 GB of memory: set FULL_SIZE=1")
 def test_full_size_maskbit_gives_the_golden_numbers():
     net = teachers.load_state(teachers.MaskBit(), seeded(generator_file()), "seeded").eval()
@@ -1155,9 +2183,10 @@ def test_full_size_maskbit_gives_the_golden_numbers():
 
 
 # ================================================================================================= gan.py
-NANO = Spec("nano", image=(1, 8, 8), sampling={4: dict(guidance=1.0, temperature=1.0)},
-            net=dict(bits=6, grid=4, width=32, depth=3, heads=2, mlp=64, classes=3),
-            tokenizer=dict(channels=1, hidden=8, mult=(1, 2), blocks=1, bits=6, norm_groups=4))
+NANO = Spec("nano", MaskBit, dict(bits=6, grid=4, width=32, depth=3, heads=2, mlp=64, classes=3),
+            BitTokenizer, dict(channels=1, hidden=8, mult=(1, 2), blocks=1, bits=6, norm_groups=4),
+            teachers.maskbit_plan, {4: dict(guidance=1.0, temperature=1.0)}, image=(1, 8, 8),
+            student=dict(init_ratio=0.6, noise=0.1, temperature=1.0))
 
 
 def nano_gan(B=4):
@@ -1207,12 +2236,30 @@ def test_gan_mask_ratio_zero_masks_nothing():
     assert dimo.exact_mask(0.0, scores, least=0).sum() == 0 and dimo.exact_mask(0.95, scores, least=0).sum() == 2 * 30
 
 
-def test_discriminator_has_the_size_of_table_5():
+@pytest.mark.parametrize("teacher, depth, features, heads, mlp, grid, millions", [
+    ("MaskBit", 24, 1024, 4, 2048, 16, 85), ("MaskGit", 24, 768, 4, 2048, 16, 72), ("MaskGen", 16, 1024, 6, 4096, None, 65)])
+def test_discriminator_has_about_the_size_of_table_5(teacher, depth, features, heads, mlp, grid, millions):
     with torch.device("meta"):
-        disc = gan.Discriminator(1024, gan.head_layers(24, 4), 1024, 2048, 16)
-    assert abs(train.count(disc) / 85e6 - 1) < 0.1 and disc.layers == (5, 11, 17, 23)
-    row = gan.Head(8, 8, grid=None)                                         # 1-D tokens: convolutions in one dimension
+        disc = gan.Discriminator(features, gan.head_layers(depth, heads), 1024, mlp, grid)
+    assert abs(sum(p.numel() for p in disc.parameters()) / 1e6 / millions - 1) < 0.1
+    assert len(disc.layers) == heads and disc.layers[-1] == depth - 1
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_discriminator_reads_every_teacher_and_its_gradient_reaches_the_logits(name):
+    teacher, x, _, cond = tiny_inputs(name)
+    net, mask = teacher.net, x == teacher.net.V
+    torch.manual_seed(0)
+    disc = gan.Discriminator(net.width, gan.head_layers(net.depth, 2), 16, 16, net.feature_grid)
+    z = torch.randn(*x.shape, net.V + (name == "maskgit-tiny"))
+    g, _ = gan.gan_grad(z, disc, net, cond, mask, *net.tables())
+    assert g.shape == z.shape and (g[mask] == 0).all() and (g[~mask].abs().sum(-1) > 0).all()
+
+
+def test_heads_read_a_row_of_tokens_by_convolutions_in_one_dimension():
+    row = gan.Head(8, 8, grid=None)
     assert isinstance(row.net[0], torch.nn.Conv1d) and row(torch.randn(2, 12, 8)).shape == (2, 8)
+    assert gan.head_layers(24, 4) == (5, 11, 17, 23) and gan.head_layers(16, 6) == (1, 4, 7, 9, 12, 15)
 
 
 # ================================================================================================== data/
@@ -1220,7 +2267,7 @@ def test_discriminator_has_the_size_of_table_5():
 def load(path):
     """(tokens, labels, meta) through train.py's own reader."""
     meta = None if str(path).endswith(".npz") else json.loads((path / "meta.json").read_text())
-    return *train.load_tokens(str(path), types.SimpleNamespace(L=64, G=2, V=32)), meta
+    return *train.load_tokens(str(path), tiny_teacher("maskbit-tiny"))[:2], meta
 
 
 def make_photos(folder, per_class=5, side=28):
@@ -1311,9 +2358,10 @@ def test_unreadable_images_are_named_and_leave_no_rows(tmp_path):
     x, y, meta = load(tmp_path / "a")
     assert (tmp_path / "a" / "skipped.txt").read_text().startswith("0/00.png\tUnidentifiedImageError")
     assert meta["skipped"] == 1 and x.shape == (98, 64, 2) and list(y[:10]) == [0] * 8 + [1] * 2
-    tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)                 # other weights: other hash
+    tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)
+    assert meta["tokenizer"] == fashion.describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
+    next(tokenizer.parameters()).data += 1e-3                                                # other weights: other hash
     assert meta["tokenizer"] != fashion.describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
-    torch.manual_seed(0)
     tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)
     views = imagenet.variants(os.path.join(folder, "9/49.png"), 49, (1, 32, 32), flip=True, crops=0, seed=0)
     assert np.array_equal(views[0][:, :, ::-1], views[1])
@@ -1324,7 +2372,7 @@ def test_going_on_with_other_arguments_is_refused_by_name(tmp_path):
     folder = make_photos(tmp_path / "photos", per_class=1)
     (tmp_path / "photos" / "0" / "more.png").write_bytes((tmp_path / "photos" / "1" / "01.png").read_bytes())
     imagenet.main(imagenet_args(folder, tmp_path / "a"))
-    for flags, named in ((("--flip",), "--flip"), (("--crops", "2"), "--crops"), (("--seed", "1"), "--tokenizer_weights")):
+    for flags, named in ((("--flip",), "--flip"), (("--crops", "2"), "--crops"), (("--seed", "1"), "--seed")):
         with pytest.raises(UserError, match=named):
             imagenet.main(imagenet_args(folder, tmp_path / "a", *flags))
     (tmp_path / "photos" / "0" / "more.png").unlink()
@@ -1502,9 +2550,13 @@ def test_images_are_a_function_of_the_seed_and_argmax_of_the_start(tiny):
     assert steps[0].equal(steps[1]) and not steps[0].equal(steps[2])
 
 
-def test_pixels_are_truncated_not_rounded(tiny, monkeypatch):
-    monkeypatch.setattr(ev, "decode_tokens", lambda tokenizer, x: torch.tensor([0.0, 0.9999 / 255, 254.9 / 255, 1.0]))
-    assert ev.to_pixels(tiny, torch.zeros(1), 0.0, None).tolist() == [0, 0, 254, 255]
+def test_pixels_are_truncated_or_rounded_as_each_teachers_authors_do(tiny, monkeypatch):
+    monkeypatch.setattr(ev, "decode_tokens", lambda tokenizer, x, cond: torch.tensor([0.0, 0.4, 0.9999, 254.9, 255.0]) / 255)
+    rounding = tiny._replace(spec=dataclasses.replace(tiny.spec, rounds=True))
+    assert ev.to_pixels(tiny, torch.zeros(1), (), 0.0, None).tolist() == [0, 0, 0, 254, 255]
+    assert ev.to_pixels(rounding, torch.zeros(1), (), 0.0, None).tolist() == [0, 0, 1, 255, 255]
+    assert {name for name, spec in SPECS.items() if spec.rounds} >= {"maskgit", "maskgit-512", "meissonic"}
+    assert not any(SPECS[name].rounds for name in ("maskbit", "maskgen", "maskgen-xl"))
 
 
 # ------------------------------------------------------------------------------------- the tiny world's metric
@@ -1542,8 +2594,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 def test_what_cannot_be_evaluated_is_refused_with_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="Inception"):
-        ev.load_extractor(teachers.SPECS["maskbit"])
+    assert ev.load_extractor(teachers.SPECS["maskbit"]) == (None, None)
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 32, 32)))
     np.savez(tmp_path / "other.npz", mu=np.zeros(4), sigma=np.eye(4))
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 cut short")
@@ -1552,7 +2603,9 @@ def test_what_cannot_be_evaluated_is_refused_with_a_sentence(tmp_path):
             ev.load_reference(str(tmp_path / f"{name}.npz"), 208)
     with pytest.raises(UserError, match="neighbours"):
         ev.prdc(torch.zeros(3, 2), torch.zeros(9, 2))
-    for flags in (["--n", "0"], ["--temperature", "-1"], ["--ckpt", "nowhere.pt"], ["--teacher", "maskgot"]):
+    for flags in (["--n", "0"], ["--n", "9"], ["--temperature", "-1"], ["--ckpt", "nowhere.pt"], ["--teacher", "maskgot"],
+                  ["--prompts", "nowhere.txt", "--teacher", "maskgen-tiny", "--random_weights"],
+                  ["--order", "halton", "--teacher", "maskgen-tiny", "--random_weights"]):
         done = subprocess.run([sys.executable, os.path.join(HERE, "evaluate.py"), *flags, "--out", str(tmp_path)],
                               capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr and flags[1] in done.stderr
@@ -1616,6 +2669,71 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
              for d in ("whole", "cut")]
     assert [row["step"] for row in lines[0]] == [1, 2, 3, 4, 5, 6] and lines[0][:3] == lines[1][:3]
     assert lines[0][4:] == lines[1][4:]
+
+
+def other_world(folder, name):
+    """Real tokens for a tiny teacher, made up; a text teacher's come with prompts."""
+    os.makedirs(folder, exist_ok=True)
+    rng, spec = np.random.RandomState(0), SPECS[name]
+    net = load_teacher(name, random_weights=True).net
+    np.save(f"{folder}/tokens.npy", rng.randint(0, net.V, (20, net.L, net.G)).astype(np.uint8))
+    np.save(f"{folder}/labels.npy", rng.randint(0, 5, 20).astype(np.uint16))
+    with open(f"{folder}/prompts.txt", "w") as f:
+        f.write("a red circle\ntwo dogs!\na fox\na\n\n" if spec.text else "")
+    with open(f"{folder}/meta.json", "w") as f:
+        json.dump({"V": net.V, "complete": True}, f)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["maskgit-tiny", "meissonic-tiny", "maskgen-tiny"])
+def test_every_tiny_teacher_trains_with_every_flag_and_resumes_to_the_bit(name, tmp_path):
+    data = other_world(f"{tmp_path}/data", name)
+    every = dict(gan=True, data=data, redraw=True, soft_state=True, cfg_schedule="cosine", w_t="inverse", beta=-0.2, dropout=0.1,
+                 soft_target=0.3, estimator="straight-through", feature_noise=0.1, checkpointing=True, dtype="bf16", accum=2)
+    for kw in (dict(gan=False), dict(gan=True, data=data), every):
+        def go(out, **more):
+            given = {"dtype": "fp32", **kw, **more, "out": f"{tmp_path}/{out}"}
+            given |= dict(teacher=name, random_weights=True, device="cpu", save_every=1, log_every=1, batch=4, eval_every=0, warmup=0)
+            c = train.settle(given, train.flags()[1])
+            train.train(c)
+            return torch.load(f"{c.out}/ckpt.pt", weights_only=True)
+        whole = go(f"whole{len(kw)}", steps=2)
+        go(f"cut{len(kw)}", steps=1)
+        cut = go(f"cut{len(kw)}", steps=2, resume=True)
+        assert all(same(whole[k], cut[k]) for k in NETS if k in whole) and ("disc" in whole) == kw["gan"]
+        assert whole["skipped"] == 0
+        moved = [k for k, v in whole["student"].items() if not torch.equal(v, load_teacher(name, random_weights=True).net.state_dict()[k])]
+        assert len(moved) > 40 and not any(k.startswith(("tok_emb", "pos_emb", "to_logits")) for k in moved)
+
+
+@pytest.mark.parametrize("name", ["maskgit-tiny", "meissonic-tiny", "maskgen-tiny"])
+def test_every_tiny_teacher_is_evaluated_beside_its_student(name, tmp_path):
+    c = train.settle(dict(teacher=name, random_weights=True, device="cpu", dtype="fp32", steps=1, warmup=0, n_eval=4,
+                          out=f"{tmp_path}/run"), train.flags()[1])
+    train.train(c)                                                # with a strip of samples, and a picture at the end
+    assert {"samples_000000.png", "samples_000001.png", "picture.png", "student.safetensors"} <= set(os.listdir(c.out))
+    args = ev.flags().parse_args(["--ckpt", f"{c.out}/ckpt.pt", "--steps", "2", "--n", "3", "--out", f"{tmp_path}/e", "--device", "cpu"])
+    ev.main(args)
+    rows = [json.loads(line) for line in open(f"{tmp_path}/e/results.jsonl")]
+    assert [(row["kind"], row["steps"], row["n"]) for row in rows] == [("student", 1, 3), ("teacher", 2, 3)]
+    assert all("fid" not in row and row["images/s"] > 0 for row in rows) and rows[0]["noise"] == SPECS[name].student["noise"]
+    assert rows[1].items() >= next(iter(SPECS[name].sampling.values())).items()
+    C, H, W = SPECS[name].image
+    with Image.open(f"{tmp_path}/e/sheet.png") as sheet:
+        assert sheet.size[0] > 3 * W and sheet.size[1] > 2 * H
+
+
+def test_settings_of_table_5_reach_every_teacher():
+    columns = {"maskgit": (256, 30_000, 2.0, 0.6, -0.2, 12.0, "arccos", 100.0, [0.0, 0.5], 4, 1e-5),
+               "maskbit": (256, 50_000, 1.5, 0.6, 0.0, 0.1, "arccos", 25.0, [0.0, 0.95], 4, 1e-6),
+               "meissonic": (16, 10_000, 4.0, 0.6, 0.0, 0.5, "cosine", None, None, None, 1e-6),
+               "maskgen": (64, 50_000, 4.0, 0.9, 0.0, 1.0, "arccos", 100.0, [0.0, 0.95], 6, 1e-6)}
+    keys = ("batch", "steps", "cfg", "init_ratio", "beta", "temperature", "schedule", "w_gan", "gan_ratio", "heads", "lr")
+    for name, values in columns.items():
+        c = train.settle(dict(teacher=name, prompts="assets/prompts.txt", out="nowhere"), train.flags()[1])
+        for key, value in zip(keys, values):
+            assert value is None or getattr(c, key) == value, (name, key)
+        assert c.ema == 0.9999 and c.warmup == 100 and c.clip == 1.0 and c.weight_decay == 0.0 and c.optimizer == "adam"
 
 
 def test_accumulation_equals_the_joint_batch(tmp_path):
@@ -1702,6 +2820,25 @@ def test_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, 
 def test_bad_settings_are_answered_with_a_sentence(tmp_path, kw, words):
     with pytest.raises(UserError, match=words):
         nano_run(tmp_path, **{"accum": 2, **kw}) if "teacher" not in kw else train.settle(kw, train.flags()[1])
+
+
+def test_a_text_teacher_without_prompts_is_answered_with_a_sentence(tmp_path):
+    settle = lambda **kw: train.settle(dict(teacher="maskgen-tiny", random_weights=True, device="cpu", out=f"{tmp_path}/o", **kw),
+                                       train.flags()[1])
+    with pytest.raises(UserError, match="maskgen draws what it is told: add --prompts FILE"):
+        train.settle(dict(teacher="maskgen", out=f"{tmp_path}/o"), train.flags()[1])
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for name, words in (("none.txt", "cannot read"), ("empty.txt", "no prompt in it"), ("latin.txt", "cannot read")):
+        with pytest.raises(UserError, match=f"--prompts .*{name}: {words}"):
+            train.train(settle(prompts=f"{tmp_path}/{name}"))
+    data = other_world(f"{tmp_path}/data", "maskgen-tiny")
+    (tmp_path / "data/prompts.txt").write_text("only one\n")
+    with pytest.raises(UserError, match="label 4, but 1 prompts"):
+        train.train(settle(gan=True, data=data))
+    os.remove(f"{data}/prompts.txt")
+    with pytest.raises(UserError, match="cannot read real tokens with their prompts .*prompts.txt"):
+        train.train(settle(gan=True, data=data))
 
 
 def test_bad_files_are_answered_with_a_sentence(tmp_path):
