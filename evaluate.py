@@ -49,7 +49,8 @@ from tqdm import tqdm
 import teachers
 from dimo import initial_tokens, student_logits
 from soft_embed import sample_tokens
-from teachers import HERE, SPECS, UserError, decode_tokens, load_state, load_student, load_teacher, read_weights, replacing
+from teachers import (HERE, SPECS, UserError, decode_tokens, load_state, load_student, load_teacher, read_weights,
+                      replacing)
 
 ASSETS = os.path.join(HERE, "assets", "fashion")
 
@@ -248,7 +249,7 @@ def generate_student(teacher, net, rows, *, init_ratio=0.6, noise=0.1, temperatu
     z = student_logits(net, x_init, cond, E, bias, noise, n)                                  # l. 5: (B, L, G, V)
     if not torch.isfinite(z).all():
         raise UserError("the student's logits are not finite: its training diverged, take an earlier checkpoint")
-    x = sample_tokens(z, temperature, u).clamp_(max=net.V - 1)                                # l. 6; MaskGit may draw masks
+    x = sample_tokens(z, temperature, u).clamp_(max=net.V - 1)                                # l. 6, no masks
     return to_pixels(teacher, x, cond, start, seconds)
 
 
@@ -295,8 +296,9 @@ def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, 
     """All metrics of len(labels) images, as a dict; desc names the progress bar (none without).
 
     labels: conditions, a row an image. make_images(labels (b, ...), generator=, seconds=) -> uint8 images; bind the
-    rest with functools.partial. Without an extractor the images are only made and timed. Batch i draws from a generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their
-    order, and the numbers do not depend on the number of processes. (They do depend on `batch`.)
+    rest with functools.partial. Without an extractor the images are only made and timed. Batch i draws from a
+    generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their order, and the
+    numbers do not depend on the number of processes. (They do depend on `batch`.)
     """
     device, n, seconds, timed = labels.device, len(labels), Counter(), 0
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -329,8 +331,8 @@ def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, 
     row["is"], row["is_std"] = inception_score(logits)
     if reference.features is not None:
         row.update(prdc(reference.features, features, k), k=k)
-    row.update(speed, seed=seed, batch=batch, processes=world, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}",
-               reference=reference.name)
+    row.update(speed, seed=seed, batch=batch, processes=world,
+               extractor=f"{type(extractor).__name__} {fingerprint(extractor)}", reference=reference.name)
     return row
 
 
@@ -472,8 +474,8 @@ def reconstruction(teacher, device, n, batch):
 
     net, reference = load_extractor(teacher.spec, device)
     if net is None:
-        raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not know; for other images: "
-                        f"python teachers.py --check {teacher.spec.name} --images FOLDER")
+        raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not know; for other "
+                        f"images: python teachers.py --check {teacher.spec.name} --images FOLDER")
     for split in ("train", "t10k"):
         img = torch.from_numpy(load_images(split)[0])
         img = img[:: max(1, len(img) // n)][:n].to(device)
@@ -567,7 +569,8 @@ def models(args, device):
     for N in args.steps or ([1, 2, 4, 8, 16] if teacher.spec.record else [next(iter(teacher.spec.sampling))]):
         given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
         yield (teacher, functools.partial(generate_teacher, teacher, steps=N, order=args.order, **given), dict(
-            model="teacher", kind="teacher", steps=N, order=args.order, **teacher.spec.settings(N, **given), **hashes(teacher)))
+            model="teacher", kind="teacher", steps=N, order=args.order, **teacher.spec.settings(N, **given),
+            **hashes(teacher)))
 
 
 def main(args):
@@ -600,14 +603,16 @@ def main(args):
         if extractor is not None and args.n < 10:
             raise UserError(f"--n {args.n}: statistics need 10 images at least")
         if extractor is None and first:
-            print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and FID, are not part of this version yet")
+            print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and so FID, are not part of "
+                  "this version yet")
         conditions = teacher.conditions(read_prompts(args.prompts) if teacher.text else None)
         batch = args.batch or min(250, max(1, 2**14 // teacher.net.L))
         shown = [f"{k} {facts[k]:g}" for k in ("steps", "temperature", "guidance") if k in facts]
         caption = ", ".join([facts["model"], *shown])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             row = evaluate(make_images, in_turn(conditions, args.n), extractor, reference, batch, args.seed, desc=caption)
-            shown = fixed_sample(make_images, conditions, min(args.n, 10 if teacher.spec.image[1] < 100 else 4), args.seed)
+            shown = min(args.n, 10 if teacher.spec.image[1] < 100 else 4)
+            shown = fixed_sample(make_images, conditions, shown, args.seed)
             pictures.append((caption, shown))
         rows.append({**facts, **row, "labels": f"{args.prompts} in turn" if teacher.text else "each class in turn",
                      "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"})

@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -56,7 +57,7 @@ class UserError(Exception):
 
 @dataclass
 class Spec:
-    """What a teacher says of itself. Sizes are constructor arguments; files are (hub repository, file name) by role."""
+    """What a teacher says of itself. Sizes are constructor arguments, files (hub repository, file name) by role."""
 
     name: str
     Net: type
@@ -69,7 +70,7 @@ class Spec:
     student: dict                 # how its one-step student starts and draws (Tab. 5): init_ratio, noise, temperature
     text: dict | None = None      # arguments of TextTower; None: conditions are class labels
     negative: str = ""            # the prompt of the unconditional branch
-    rounds: bool = False          # pixels become uint8 by rounding, else by truncation, as the authors' evaluation has it
+    rounds: bool = False          # pixels become uint8 by rounding, else by truncation, as its authors have it
     files: dict = field(default_factory=dict)
     record: str = ""              # evaluations of the teacher that ship with it, JSON lines
     noise_scale: float | None = None  # unit of the embedding perturbation; None: the table's root mean square
@@ -95,14 +96,14 @@ class Teacher(NamedTuple):
     text: nn.Module | None = None
 
     def noise_unit(self, net=None):
-        """What the embedding perturbation's noise is measured in: MaskGit's table has unit entries, MaskBit's small ones.
+        """The unit of the embedding perturbation's noise: MaskGit's table has unit entries, MaskBit's small ones.
 
         # choice: the root mean square of the table, where a spec does not say; the paper is silent.
         """
         return self.spec.noise_scale or (net or self.net).tables()[0][:, : self.net.V].square().mean().sqrt().item()
 
     def conditions(self, prompts=None):
-        """The condition dataset D_c of Alg. 1, a row each: all labels (classes,), or prompts' token ids (n, context)."""
+        """The condition dataset D_c of Alg. 1, a row each: labels (classes,), or prompts' token ids (n, context)."""
         device = next(self.net.parameters()).device
         if self.text is None:
             return torch.arange(self.spec.classes, device=device)
@@ -152,7 +153,7 @@ class Network(nn.Module):
         return self
 
     def halve(self):
-        """Frozen weights in bf16: the matrices of the blocks alone, which bf16 autocast would round in every pass anyway."""
+        """Frozen weights in bf16: the blocks' matrices alone, which bf16 autocast rounds in every pass anyway."""
         for blocks in (self.blocks, getattr(self, "single", ())):
             for m in (m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)):
                 m.to(torch.bfloat16)
@@ -166,6 +167,20 @@ class Network(nn.Module):
     def at(self, cond, t):
         """The condition with the sampler's time in it; most teachers see from the masks how far they are."""
         return cond
+
+
+def renames(text):
+    """Pairs "theirs ours" as rules that lead from published names to those here.
+
+    * is a number; .x holds anywhere, x at the start. ours#i is part i of a packed tensor; ours^T is stored transposed
+    (see `published_state`).
+    """
+    words, rules = text.split(), []
+    for theirs, ours in zip(words[::2], words[1::2]):
+        numbers = itertools.count(1)
+        rules.append(("^" * (theirs[0] != ".") + re.escape(theirs).replace(r"\*", r"(\d+)"),
+                      re.sub(r"\*", lambda _: rf"\{next(numbers)}", ours)))
+    return rules
 
 
 class RMSNorm(nn.RMSNorm):
@@ -249,7 +264,8 @@ class Stream(nn.Module):
         self.q_norm, self.k_norm = (RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
         if not last:                                              # the last block's text goes nowhere: no way out
             self.out = nn.Linear(width, width)
-            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"),
+                                     nn.Linear(4 * width, width))
 
     def enter(self, h, s):
         mod = self.mod(s)[:, None].chunk(2 if self.last else 6, -1)                           # (B, 1, D) each
@@ -277,15 +293,18 @@ class JointBlock(nn.Module):
         c, x = attend(rotate(q, rope), rotate(k, rope), v).split([h[0].shape[1], h[1].shape[1]], 1)
         return h[0] if self.text.last else self.text.leave(h[0], c, *mod_c), self.image.leave(h[1], x, *mod_x)
 
-    published_names = [(rf"^(?:transformer_)?(blocks\.\d+)\.{theirs}\.", rf"\1.{ours}.") for theirs, ours in (
-        (r"norm1\.linear", "image.mod"), (r"norm1_context\.linear", "text.mod"),            # as the diffusers library calls them
-        (r"attn\.to_q", "image.qkv#0"), (r"attn\.to_k", "image.qkv#1"), (r"attn\.to_v", "image.qkv#2"),
-        (r"attn\.add_q_proj", "text.qkv#0"), (r"attn\.add_k_proj", "text.qkv#1"), (r"attn\.add_v_proj", "text.qkv#2"),
-        (r"attn\.norm_q", "image.q_norm"), (r"attn\.norm_k", "image.k_norm"),
-        (r"attn\.norm_added_q", "text.q_norm"), (r"attn\.norm_added_k", "text.k_norm"),
-        (r"attn\.to_out\.0", "image.out"), (r"attn\.to_add_out", "text.out"),
-        (r"ff\.net\.0\.proj", "image.mlp.0"), (r"ff\.net\.2", "image.mlp.2"),
-        (r"ff_context\.net\.0\.proj", "text.mlp.0"), (r"ff_context\.net\.2", "text.mlp.2"))]
+    published_names = renames("""
+        transformer_blocks.          blocks.
+        blocks.*.norm1.linear.       blocks.*.image.mod.     blocks.*.norm1_context.linear.      blocks.*.text.mod.
+        blocks.*.attn.to_q.          blocks.*.image.qkv#0.   blocks.*.attn.add_q_proj.           blocks.*.text.qkv#0.
+        blocks.*.attn.to_k.          blocks.*.image.qkv#1.   blocks.*.attn.add_k_proj.           blocks.*.text.qkv#1.
+        blocks.*.attn.to_v.          blocks.*.image.qkv#2.   blocks.*.attn.add_v_proj.           blocks.*.text.qkv#2.
+        blocks.*.attn.norm_q.        blocks.*.image.q_norm.  blocks.*.attn.norm_added_q.         blocks.*.text.q_norm.
+        blocks.*.attn.norm_k.        blocks.*.image.k_norm.  blocks.*.attn.norm_added_k.         blocks.*.text.k_norm.
+        blocks.*.attn.to_out.0.      blocks.*.image.out.     blocks.*.attn.to_add_out.           blocks.*.text.out.
+        blocks.*.ff.net.0.proj.      blocks.*.image.mlp.0.   blocks.*.ff_context.net.0.proj.     blocks.*.text.mlp.0.
+        blocks.*.ff.net.2.           blocks.*.image.mlp.2.   blocks.*.ff_context.net.2.          blocks.*.text.mlp.2.
+    """)                                                          # as the diffusers library calls them
 
 
 def rotate(x, rope):
@@ -297,7 +316,7 @@ def rotate(x, rope):
 
 
 def sinusoid(t, dim, period=10_000.0):
-    """Numbers (N,) as waves: cosines and sines, (N, dim / 2) each, frequencies from 1 down to 1/period, in float32."""
+    """Numbers (N,) as waves: cosines and sines, (N, dim / 2) each, of frequencies from 1 to 1/period, in float32."""
     i = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
     a = t.float()[:, None] * torch.exp(-math.log(period) * i / (dim // 2))
     return a.cos(), a.sin()
@@ -420,13 +439,14 @@ class TokenCoder(Network):
 
         cond is the teacher's condition; MaskGen's decoder reads the prompt in it, the others do not look.
         """
-        chunk = chunk or max(1, (1024 if e.device.type == "cpu" else 2**14) // e.shape[1])    # 16 small ones fit a CPU's cache
+        # 1,024 tokens, 16 images of the tiny world, fit a CPU's cache; 16,384 are 4 images of 1024 px
+        chunk = chunk or max(1, (1024 if e.device.type == "cpu" else 2**14) // e.shape[1])
         parts = zip(e.split(chunk), *(c.split(chunk) for c in cond))
         img = torch.cat([self.pixels(part, conds) for part, *conds in parts])
         return img.clamp(0, 1) if clamp else img
 
     def tables(self):
-        """E (1, V+1, d_dec): the codebook, its last row twice, since a mask that MaskGit draws is read so; no bias."""
+        """E (1, V+1, d_dec): the codebook, its last row twice, for so a mask that MaskGit draws is read; no bias."""
         E = self.codebook.weight
         return torch.cat([E, E[-1:]])[None], E.new_zeros(())
 
@@ -450,8 +470,8 @@ class VQTokenizer(TokenCoder):
     from the encoder's `latent` channels to it and back. signed: images inside are in [-1, 1].
     """
 
-    def __init__(self, channels=3, widths=(128, 128, 256, 256, 512), first=None, blocks=2, latent=256, embed=256, V=1024,
-                 norm_groups=32, attention=(4,), signed=True, grid=None):
+    def __init__(self, channels=3, widths=(128, 128, 256, 256, 512), first=None, blocks=2, latent=256, embed=256,
+                 V=1024, norm_groups=32, attention=(4,), signed=True, grid=None):
         super().__init__()
         self.V, self.signed, self.grid = V, signed, grid
         self.encoder = Encoder(channels, first or widths[0], widths, blocks, latent, norm_groups, attention)
@@ -473,19 +493,22 @@ class VQTokenizer(TokenCoder):
 
     @property
     def published_names(self):
-        finest = len(self.decoder.up) - 1                         # MaskGit's file counts decoder levels from the finest
-        return [
-            (r"^decoder\.up\.(\d+)\.(?=block\.|attn\.\d+\.(?:norm|q|k|v|proj_out)\.|upsample\.)",
-             lambda m: f"decoder.up.{finest - int(m[1])}."),
-            (r"\.block\.", ".res_blocks."), (r"\.downsample\.conv\.", ".down_conv."), (r"\.upsample\.conv\.", ".upsample_conv."),
-            (r"\.mid\.block_1\.", ".mid.res_blocks.0."), (r"\.mid\.block_2\.", ".mid.res_blocks.1."), (r"\.attn_1\.", ".attn.0."),
-            *((rf"\.attn\.(\d+)\.{c}\.", rf".attn.\1.attn.qkv#{i}.") for i, c in enumerate("qkv")),
-            (r"\.attn\.(\d+)\.proj_out\.", r".attn.\1.attn.out."), (r"\.attn\.(\d+)\.norm\.", r".attn.\1.norm_in."),
-            (r"\.(down|up)_blocks\.", r".\1."), (r"\.mid_block\.", ".mid."), (r"\.resnets\.", ".res_blocks."),
-            (r"\.downsamplers\.0\.conv\.", ".down_conv."), (r"\.upsamplers\.0\.conv\.", ".upsample_conv."),
-            (r"\.conv_shortcut\.", ".nin_shortcut."), (r"\.conv_norm_out\.", ".norm_out."),
-            (r"^quantize\.embedding\.", "codebook."),
-        ]
+        finest = len(self.decoder.up) - 1                         # MaskGit counts the decoder's levels from the finest
+        upside_down = (r"^decoder\.up\.(\d+)\.(?=block\.|attn\.\d+\.(?:norm|q|k|v|proj_out)\.|upsample\.)",
+                       lambda m: f"decoder.up.{finest - int(m[1])}.")
+        return [upside_down, *renames("""
+            .mid.block_1.       .mid.res_blocks.0.   .mid.block_2.          .mid.res_blocks.1.
+            .attn_1.            .attn.0.
+            .block.             .res_blocks.         .downsample.conv.      .down_conv.
+            .upsample.conv.     .upsample_conv.      .attn.*.norm.          .attn.*.norm_in.
+            .attn.*.q.          .attn.*.attn.qkv#0.  .attn.*.k.             .attn.*.attn.qkv#1.
+            .attn.*.v.          .attn.*.attn.qkv#2.  .attn.*.proj_out.      .attn.*.attn.out.
+            .down_blocks.       .down.               .up_blocks.            .up.
+            .mid_block.         .mid.                .resnets.              .res_blocks.
+            .downsamplers.0.conv.  .down_conv.       .upsamplers.0.conv.    .upsample_conv.
+            .conv_shortcut.     .nin_shortcut.       .conv_norm_out.        .norm_out.
+            quantize.embedding. codebook.
+        """)]                                                     # the first half MaskGit's, the second diffusers'
 
     published_extras = r"loss\."
 
@@ -507,7 +530,8 @@ def bits_of(t, n):
 class MaskBit(Network):
     """MaskBit's bit-token generator: e (B, L, d) and labels (B,) -> logits z (B, L, G, V), at every position."""
 
-    def __init__(self, bits=14, groups=2, grid=16, width=1024, depth=24, heads=16, mlp=4096, classes=1000, dropout=0.0):
+    def __init__(self, bits=14, groups=2, grid=16, width=1024, depth=24, heads=16, mlp=4096, classes=1000,
+                 dropout=0.0):
         super().__init__()
         self.bits, self.G, self.V, self.L = bits, groups, 2 ** (bits // groups), grid**2
         self.width, self.depth, self.classes, self.grid = width, depth, classes, (grid, grid)
@@ -551,22 +575,21 @@ class MaskBit(Network):
         """# choice: input projection, class and position tables, as the official code freezes MaskGit's tables."""
         return [*self.input_proj.parameters(), self.class_emb.weight, self.pos_emb]
 
-    published_names = [  # (pattern in the published file, name here)
-        (r"^token_emb\.", "input_proj."),                                  # the file's older alias
-        (r"^transformer\.layers\.(\d+)\.0\.mha\.in_proj_", r"blocks.\1.attn.qkv."),
-        (r"^transformer\.layers\.(\d+)\.0\.mha\.out_proj\.", r"blocks.\1.attn.out."),
-        (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
-        (r"^transformer\.layers\.(\d+)\.1\.net\.", r"blocks.\1.mlp."),
-        (r"^transformer\.layers\.(\d+)\.1\.norm\.", r"blocks.\1.norm2."),
-        (r"^first_layer\.0\.", "norm_in."), (r"^last_layer\.", "head."), (r"^prediction_layer\.", "to_logits."),
-    ]
+    published_names = renames("""
+        transformer.layers.            blocks.            token_emb.              input_proj.
+        blocks.*.0.mha.in_proj_        blocks.*.attn.qkv. blocks.*.0.mha.out_proj. blocks.*.attn.out.
+        blocks.*.0.norm.               blocks.*.norm1.    blocks.*.1.norm.        blocks.*.norm2.
+        blocks.*.1.net.                blocks.*.mlp.      first_layer.0.          norm_in.
+        last_layer.                    head.              prediction_layer.       to_logits.
+    """)                                                          # token_emb: the file's older alias
     published_extras = r"bits_to_indices$"
 
 
 class BitTokenizer(TokenCoder):
     """MaskBit's tokenizer: a convolutional autoencoder whose latent is the sign of `bits` channels, no codebook."""
 
-    def __init__(self, channels=3, hidden=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14, groups=2, norm_groups=32, grid=None):
+    def __init__(self, channels=3, hidden=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14, groups=2, norm_groups=32,
+                 grid=None):
         super().__init__()
         self.bits, self.G, self.V, self.grid = bits, groups, 2 ** (bits // groups), grid
         widths = [hidden * m for m in mult]
@@ -624,8 +647,8 @@ class MaskGit(Network):
 
     def forward(self, e, cond, layers=(), s=0.0, noise=None):
         e = perturb(e, s, noise) if s else e
-        label = self.tok_emb(self.V + 1 + cond[0])[:, None]                                   # (B, 1, d), after the tokens
-        h = self.first(torch.cat([e, label], 1) + self.pos_emb)                               # (B, L+1, width)
+        label = self.tok_emb(self.V + 1 + cond[0])[:, None]                                   # (B, 1, d)
+        h = self.first(torch.cat([e, label], 1) + self.pos_emb)                               # (B, L+1, d), class last
         h, features = self.walk(self.blocks, h, layers, view=lambda h: h[:, : self.L])
         if layers:
             return features
@@ -639,14 +662,12 @@ class MaskGit(Network):
         """The token table, hence the output layer, positions and output bias, as in the official code."""
         return [self.tok_emb.weight, self.pos_emb, self.bias]
 
-    published_names = [
-        (r"^first_layer\.", "first."), (r"^last_layer\.", "last."),
-        (r"^transformer\.layers\.(\d+)\.0\.norm\.", r"blocks.\1.norm1."),
-        (r"^transformer\.layers\.(\d+)\.1\.norm\.", r"blocks.\1.norm2."),
-        (r"^transformer\.layers\.(\d+)\.0\.fn\.mha\.in_proj_", r"blocks.\1.attn.qkv."),
-        (r"^transformer\.layers\.(\d+)\.0\.fn\.mha\.out_proj\.", r"blocks.\1.attn.out."),
-        (r"^transformer\.layers\.(\d+)\.1\.fn\.net\.", r"blocks.\1.mlp."),
-    ]
+    published_names = renames("""
+        transformer.layers.    blocks.          first_layer.                 first.
+        last_layer.            last.            blocks.*.1.fn.net.           blocks.*.mlp.
+        blocks.*.0.norm.       blocks.*.norm1.  blocks.*.0.fn.mha.in_proj_   blocks.*.attn.qkv.
+        blocks.*.1.norm.       blocks.*.norm2.  blocks.*.0.fn.mha.out_proj.  blocks.*.attn.out.
+    """)
 
 
 # ============================================================================================= Meissonic
@@ -656,11 +677,11 @@ class MaskGit(Network):
 # text; a time step) becomes one vector that modulates every block.
 #
 #                       V   grid   width  joint + single blocks  heads  parameters
-#     meissonic       8192  64x64   1024        14 + 28            8    1,006,946,304 + 146,244,675 + 354,032,640 (text)
-#     meissonic-tiny    64   8x8      64         2 + 2             4    the same classes
+#     meissonic       8192  64x64   1024        14 + 28            8    1,006,946,304 + 146,244,675 + 354,032,640
+#     meissonic-tiny    64   8x8      64         2 + 2             4    the same classes     (tokenizer)  (text)
 #
 # The time step: it was trained on 1000 x the mask ratio, and the module multiplies by another 1000. The published
-# sampler passes the index of the step, N-1 ... 0; distillation, like the official Di[M]O code, passes 0. Both are kept.
+# sampler passes the index of the step, N-1 ... 0; distillation, as in the official Di[M]O code, passes 0. So here.
 class Meissonic(Network):
     """Meissonic's transformer: e (B, L, d), cond = (text, pooled, micro, t) -> logits z (B, L, 1, V).
 
@@ -682,7 +703,8 @@ class Meissonic(Network):
         self.norm_down, self.down = norm(), nn.Conv2d(D, D, 2, 2, bias=False)
         self.norm_tokens, self.proj_tokens = norm(), lin(D, D)
         self.proj_text, self.norm_text = nn.Linear(text_width, D), norm()
-        self.embed_cond, self.embed_text, self.embed_time = mlp(D + 5 * 256, lin), mlp(D, nn.Linear), mlp(256, nn.Linear)
+        self.embed_cond = mlp(D + 5 * 256, lin)
+        self.embed_text, self.embed_time = mlp(D, nn.Linear), mlp(256, nn.Linear)
         self.blocks = nn.ModuleList(JointBlock(D, heads, qk_norm=True) for _ in range(joint))
         self.single = nn.ModuleList(SingleBlock(D, heads) for _ in range(single))
         self.norm_out, self.proj_out = norm(), lin(D, D)
@@ -710,10 +732,10 @@ class Meissonic(Network):
         (H, W), S = self.grid, text.shape[1]
         wave = lambda t: torch.cat(sinusoid(t, 256), -1).to(pooled.dtype)                     # cosines first
         v = self.embed_cond(torch.cat([pooled, wave(micro.flatten()).view(len(e), -1)], 1))
-        v = F.silu(self.embed_time(wave(1000 * t)) + self.embed_text(v))                      # (B, D), for every block
+        v = F.silu(self.embed_time(wave(1000 * t)) + self.embed_text(v))                      # (B, D), to every block
         c = self.norm_text(self.proj_text(text))                                              # (B, S, D)
         x = self.proj_in(self.norm_in(e))                                                     # (B, L, D)
-        x = perturb(x, s, noise) if s else x                      # the official code's place: behind norm and projection
+        x = perturb(x, s, noise) if s else x                      # the official code's place for it
         x = self.down(self.norm_down(x).transpose(1, 2).unflatten(2, (H, W)))                 # (B, D, H/2, W/2)
         x = self.proj_tokens(self.norm_tokens(x.flatten(2).transpose(1, 2)))                  # (B, N, D), N = L/4
         rope = rope_table(S, H // 2, W // 2, self.axes, e.device)
@@ -737,23 +759,25 @@ class Meissonic(Network):
         return [p for m in (self.tok_emb, self.norm_in, self.proj_in, self.head, self.norm_head, self.to_logits)
                 for p in m.parameters()]
 
-    published_names = [
-        *JointBlock.published_names,
-        (r"^single_transformer_blocks\.(\d+)\.norm\.linear\.", r"single.\1.mod."),
-        *((rf"^single_transformer_blocks\.(\d+)\.attn\.to_{c}\.", rf"single.\1.qkv#{i}.") for i, c in enumerate("qkv")),
-        (r"^single_transformer_blocks\.(\d+)\.attn\.norm_([qk])\.", r"single.\1.\2_norm."),
-        (r"^single_transformer_blocks\.(\d+)\.proj_", r"single.\1.proj_"),
-        (r"^embed\.embeddings\.", "tok_emb."), (r"^embed\.layer_norm\.", "norm_in."), (r"^embed\.conv\.", "proj_in."),
-        (r"^down_block\.downsample\.norm\.", "norm_down."), (r"^down_block\.downsample\.conv\.", "down."),
-        (r"^project_to_hidden_norm\.", "norm_tokens."), (r"^project_to_hidden\.", "proj_tokens."),
-        (r"^context_embedder\.", "proj_text."), (r"^encoder_proj_layer_norm\.", "norm_text."),
-        *((rf"^{theirs}\.linear_{i}\.", f"{ours}.{2 * i - 2}.") for i in (1, 2) for theirs, ours in (
-            ("cond_embed", "embed_cond"), (r"time_text_embed\.text_embedder", "embed_text"),
-            (r"time_text_embed\.timestep_embedder", "embed_time"))),
-        (r"^project_from_hidden_norm\.", "norm_out."), (r"^project_from_hidden\.", "proj_out."),
-        (r"^up_block\.upsample\.norm\.", "norm_up."), (r"^up_block\.upsample\.conv\.", "up."),
-        (r"^mlm_layer\.conv1\.", "head."), (r"^mlm_layer\.layer_norm\.", "norm_head."), (r"^mlm_layer\.conv2\.", "to_logits."),
-    ]
+    published_names = JointBlock.published_names + renames("""
+        single_transformer_blocks. single.
+        single.*.norm.linear.       single.*.mod.      single.*.attn.to_q.           single.*.qkv#0.
+        single.*.attn.to_k.         single.*.qkv#1.    single.*.attn.to_v.           single.*.qkv#2.
+        single.*.attn.norm_q.       single.*.q_norm.   single.*.attn.norm_k.         single.*.k_norm.
+        embed.embeddings.           tok_emb.           embed.layer_norm.             norm_in.
+        embed.conv.                 proj_in.           down_block.downsample.norm.   norm_down.
+        down_block.downsample.conv. down.              project_to_hidden_norm.       norm_tokens.
+        project_to_hidden.          proj_tokens.       context_embedder.             proj_text.
+        encoder_proj_layer_norm.    norm_text.         project_from_hidden_norm.     norm_out.
+        project_from_hidden.        proj_out.          up_block.upsample.norm.       norm_up.
+        up_block.upsample.conv.     up.                mlm_layer.conv1.              head.
+        mlm_layer.layer_norm.       norm_head.         mlm_layer.conv2.              to_logits.
+        cond_embed.linear_1.        embed_cond.0.      cond_embed.linear_2.          embed_cond.2.
+        time_text_embed.text_embedder.linear_1.      embed_text.0.
+        time_text_embed.text_embedder.linear_2.      embed_text.2.
+        time_text_embed.timestep_embedder.linear_1.  embed_time.0.
+        time_text_embed.timestep_embedder.linear_2.  embed_time.2.
+    """)
 
 
 class SingleBlock(nn.Module):
@@ -777,14 +801,14 @@ class SingleBlock(nn.Module):
 
 @functools.lru_cache(maxsize=8)
 def rope_table(text, h, w, axes, device):
-    """cos and sin (text + h w, sum(axes) / 2): places (0, row, column) of an h x w grid, text at the origin, unturned.
+    """cos and sin (text + h w, sum(axes) / 2): text at the origin, unturned, then places (0, row, column) of a grid.
 
     axes[k] dimensions of a head, in adjacent pairs, turn with coordinate k. Angles in float64, tables in float32.
     """
     cells = torch.cartesian_prod(torch.arange(1.0), torch.arange(float(h)), torch.arange(float(w))).double()
     place = torch.cat([torch.zeros(text, 3, dtype=torch.float64), cells])                     # (text + h w, 3)
-    angle = [place[:, k, None] / 10_000 ** (torch.arange(0, n, 2, dtype=torch.float64) / n) for k, n in enumerate(axes)]
-    angle = torch.cat(angle, 1)
+    turns = [10_000 ** -(torch.arange(0, n, 2, dtype=torch.float64) / n) for n in axes]       # per unit of place
+    angle = torch.cat([place[:, k, None] * turn for k, turn in enumerate(turns)], 1)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
@@ -807,7 +831,8 @@ class MaskGen(Network):
 
     grid = None
 
-    def __init__(self, V=8192, L=128, width=1024, depth=16, heads=16, text_width=768, micro=256, spare=1001, score=6.5):
+    def __init__(self, V=8192, L=128, width=1024, depth=16, heads=16, text_width=768, micro=256, spare=1001,
+                 score=6.5):
         super().__init__()
         self.V, self.G, self.L, self.width, self.depth = V, 1, L, width, depth
         self.micro, self.score, self.null_text, self.null_pooled = micro, score, None, None
@@ -828,7 +853,8 @@ class MaskGen(Network):
         text, pooled, score = cond[:3]
         e = perturb(e, s, noise) if s else e
         cos, sin = sinusoid(100 * score, self.micro, period=1000.0)
-        v = F.silu(self.proj_cond(torch.cat([pooled, sin.to(pooled.dtype), cos.to(pooled.dtype)], 1)))     # (B, D), sines first
+        wave = torch.cat([sin, cos], 1).to(pooled.dtype)                                      # sines first
+        v = F.silu(self.proj_cond(torch.cat([pooled, wave], 1)))                              # (B, D), to every block
         h = self.proj_text(text), e + self.pos_emb                                            # (B, S, D), (B, L, D)
         (_, x), features = self.walk(self.blocks, h, layers, v, view=lambda h: h[1])
         if layers:
@@ -844,16 +870,17 @@ class MaskGen(Network):
         """# choice: the token table, and with it the tied output layer, and positions, as for MaskGit."""
         return [self.tok_emb.weight, self.pos_emb]
 
-    published_names = [*JointBlock.published_names, (r"^embeddings\.", "tok_emb."), (r"^lm_head\.", "tok_emb."),    # tied
-                       (r"^pos_embed$", "pos_emb"), (r"^text_embed_proj\.", "proj_text."), (r"^cond_pooled_proj\.", "proj_cond."),
-                       (r"^norm\.linear\.", "mod_out.")]
+    published_names = JointBlock.published_names + renames("""
+        embeddings.  tok_emb.    lm_head.           tok_emb.     pos_embed     pos_emb
+        norm.linear. mod_out.    text_embed_proj.   proj_text.   cond_pooled_proj.  proj_cond.
+    """)                                                          # embeddings and lm_head are tied
     published_config = {"codebook_size": "V", "num_latent_tokens": "L", "text_embed_dim": "text_width",
                         "decoder_embed_dim": "width", "decoder_depth": "depth", "decoder_num_heads": "heads",
                         "micro_condition_embed_dim": "micro", "sample_aesthetic_score": "score"}
 
 
 class ViTHalf(Network):
-    """What TA-TiTok's two vision transformers share: a sequence between two LayerNorms. It begins with a class token."""
+    """What TA-TiTok's two vision transformers share: a sequence, a class token first, between two LayerNorms."""
 
     def __init__(self, width, depth, heads, places, L):
         super().__init__()
@@ -888,7 +915,8 @@ class TiTokDecoder(ViTHalf):
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.text_guidance_positional_embedding = nn.Parameter(0.02 * torch.randn(text, width))
         self.text_guidance_proj, self.decoder_embed = nn.Linear(text_width, width), nn.Linear(embed, width)
-        self.to_patch, self.conv_out = nn.Linear(width, channels * patch**2), nn.Conv2d(channels, channels, 3, padding=1)
+        self.to_patch = nn.Linear(width, channels * patch**2)     # row, column, channel
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, e, guide):
         """e (B, L, embed), guide (B, text, text_width) -> images (B, C, H, W), about in [0, 1]."""
@@ -896,13 +924,12 @@ class TiTokDecoder(ViTHalf):
         tokens = self.decoder_embed(e) + self.latent_token_positional_embedding
         text = self.text_guidance_proj(guide) + self.text_guidance_positional_embedding
         h = self.ln_post(self.through(blank, tokens, text)[:, 1 : 1 + self.places])           # (B, places, width)
-        h = self.to_patch(h).unflatten(1, (self.grid, self.grid))                             # (.., row, column, C) in a patch
-        h = h.unflatten(-1, (self.patch, self.patch, -1)).permute(0, 5, 1, 3, 2, 4)           # (B, C, grid, patch, grid, patch)
-        return self.conv_out(h.flatten(4).flatten(2, 3))
+        h = self.to_patch(h).unflatten(1, (self.grid, self.grid)).unflatten(-1, (self.patch, self.patch, -1))
+        return self.conv_out(h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))            # (B, C, H, W)
 
 
 class TATiTok(TokenCoder):
-    """MaskGen's tokenizer: L learned queries collect the image into tokens; the decoder spreads them, told the prompt.
+    """MaskGen's tokenizer: L learned queries collect the image into tokens; the decoder, told the prompt, spreads them.
 
     enc and dec are (width, depth, heads).
     """
@@ -925,14 +952,12 @@ class TATiTok(TokenCoder):
     def pixels(self, e, cond):
         return self.decoder(e, cond[-1])
 
-    published_names = [
-        (r"\.transformer\.(\d+)\.ln_([12])\.", r".transformer.\1.norm\2."),
-        (r"\.transformer\.(\d+)\.attn\.in_proj_", r".transformer.\1.attn.qkv."),
-        (r"\.transformer\.(\d+)\.attn\.out_proj\.", r".transformer.\1.attn.out."),
-        (r"\.transformer\.(\d+)\.mlp\.c_fc\.", r".transformer.\1.mlp.0."),
-        (r"\.transformer\.(\d+)\.mlp\.c_proj\.", r".transformer.\1.mlp.3."),
-        (r"^decoder\.ffn\.0\.", "decoder.to_patch."), (r"^quantize\.embedding\.", "codebook."),
-    ]
+    published_names = renames("""
+        .transformer.*.ln_1.            .transformer.*.norm1.      .transformer.*.ln_2.       .transformer.*.norm2.
+        .transformer.*.attn.in_proj_    .transformer.*.attn.qkv.   .transformer.*.mlp.c_fc.   .transformer.*.mlp.0.
+        .transformer.*.attn.out_proj.   .transformer.*.attn.out.   .transformer.*.mlp.c_proj. .transformer.*.mlp.3.
+        decoder.ffn.0.                  decoder.to_patch.          quantize.embedding.        codebook.
+    """)
     published_extras = r"quantize\.embed_prob$"
 
 
@@ -970,32 +995,35 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids):
-        """(states before the last block (B, S, width), states after the final norm, pooled text (B, out)), in float32."""
+        """States before the last block and after the final norm (B, S, width), pooled text (B, out), in float32."""
         with torch.autocast(ids.device.type, enabled=False):
             h = self.tower.token_embedding(ids) + self.tower.positional_embedding[: ids.shape[1]]
             causal = torch.full((ids.shape[1],) * 2, -math.inf, device=ids.device).triu(1)
             for block in self.tower.transformer.resblocks:
                 states, h = h, block(h, attn_mask=causal)
             final = self.tower.ln_final(h)
-            end = final[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]            # the end token has the largest id
+            end = final[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]            # the largest id ends it
             return states, final, end @ self.tower.text_projection                            # not normalised
 
-    published_names = [                                            # transformers' names first made open_clip's
-        (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
-        (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
-        (r"^text_model\.encoder\.layers\.(\d+)\.layer_norm([12])\.", r"transformer.resblocks.\1.ln_\2."),
-        *((rf"^text_model\.encoder\.layers\.(\d+)\.self_attn\.{c}_proj\.", rf"transformer.resblocks.\1.attn.in_proj_#{i}.")
-          for i, c in enumerate("qkv")),
-        (r"in_proj_(#\d)\.", r"in_proj_\1"),
-        (r"^text_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.", r"transformer.resblocks.\1.attn.out_proj."),
-        (r"^text_model\.encoder\.layers\.(\d+)\.mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
-        (r"^text_model\.encoder\.layers\.(\d+)\.mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
-        (r"^text_model\.final_layer_norm\.", "ln_final."),
-        (r"^text_projection\.weight$", "text_projection^T"),
-        (r"^(?=token_embedding|positional_embedding|transformer|ln_final|text_projection)", "tower."),
-    ]
-    published_extras = (r"visual|vision_model|logit_scale$|logit_bias$|input_resolution$|context_length$|vocab_size$|attn_mask$"
-                        r"|text_model\.embeddings\.position_ids$")
+    published_names = renames("""
+        text_model.embeddings.token_embedding.            token_embedding.
+        text_model.embeddings.position_embedding.weight   positional_embedding
+        text_model.encoder.layers.*.layer_norm1.          transformer.resblocks.*.ln_1.
+        text_model.encoder.layers.*.layer_norm2.          transformer.resblocks.*.ln_2.
+        text_model.encoder.layers.*.self_attn.q_proj.     transformer.resblocks.*.attn.in_proj_#0
+        text_model.encoder.layers.*.self_attn.k_proj.     transformer.resblocks.*.attn.in_proj_#1
+        text_model.encoder.layers.*.self_attn.v_proj.     transformer.resblocks.*.attn.in_proj_#2
+        text_model.encoder.layers.*.self_attn.out_proj.   transformer.resblocks.*.attn.out_proj.
+        text_model.encoder.layers.*.mlp.fc1.              transformer.resblocks.*.mlp.c_fc.
+        text_model.encoder.layers.*.mlp.fc2.              transformer.resblocks.*.mlp.c_proj.
+        text_model.final_layer_norm.                      ln_final.
+        text_projection.weight                            text_projection^T
+        token_embedding. tower.token_embedding.    positional_embedding tower.positional_embedding
+        transformer.     tower.transformer.        text_projection      tower.text_projection
+        ln_final.        tower.ln_final.
+    """)                                                          # first transformers' names made open_clip's
+    published_extras = (r"visual|vision_model|logit_scale$|logit_bias$|input_resolution$|context_length$|vocab_size$"
+                        r"|attn_mask$|text_model\.embeddings\.position_ids$")
 
 
 @functools.cache
@@ -1017,7 +1045,7 @@ class Step(NamedTuple):
 
 
 def hidden_counts(units, ratios):
-    """Units left masked after each step: floor(units * ratio), at least one fewer each time, at least 1; 0 at the end."""
+    """Units left masked after each step: floor(units * ratio), one fewer at least, 1 at least; 0 at the end."""
     counts, hidden = [], units
     for ratio in ratios[:-1]:
         hidden = max(min(math.floor(units * ratio), hidden - 1), 1)
@@ -1036,10 +1064,11 @@ def maskbit_plan(units, N, guidance=0.0, temperature=0.0, scale_pow=3.0, anneali
                  softmax_temperature=1.0):
     """guidance G: c + s (c - u), so w = 1 + s, where s rises as G (1 - cos(pi (i/N)^scale_pow)) / 2; temperature T:
     noise T (1 - (i+1)/N)."""
-    rise = {"cosine": lambda p: (1 - math.cos(math.pi * p**scale_pow)) / 2, "linear": lambda p: p, "none": lambda p: 1.0}
+    rise = {"cosine": lambda p: (1 - math.cos(math.pi * p**scale_pow)) / 2, "linear": lambda p: p,
+            "none": lambda p: 1.0}[annealing]
     hidden = hidden_counts(units, [float(schedule_ratio((i + 1) / N, schedule, 1e-6)) for i in range(N)])
-    return [Step(1 + guidance * rise[annealing](i / N), softmax_temperature, temperature * (1 - (i + 1) / N), hidden[i])
-            for i in range(N)]
+    return [Step(1 + guidance * rise(i / N), softmax_temperature, temperature * (1 - (i + 1) / N), k)
+            for i, k in enumerate(hidden)]
 
 
 def maskgit_plan(units, N, guidance=3.0, temperature=4.5, sm_temp=1.0, schedule="arccos"):
@@ -1067,8 +1096,8 @@ def maskgen_plan(units, N, guidance=12.0, temperature=2.0, scale_pow=1.0, anneal
             "linear": lambda r: 1 + (guidance - 1) * r, "none": lambda r: guidance,
             "flippedcosine": lambda r: 1 + (guidance - 1) * math.cos(math.pi * r) / 2}[annealing]
     hidden = hidden_counts(units, [float(schedule_ratio((i + 1) / N, schedule)) for i in range(N)])
-    return [Step(1 + rise(r), 0.5 + 0.8 * (1 - r), temperature * (1 - r), k, draw=temperature * (1 - r), by_logit=True)
-            for r, k in zip(((i + 1) / N for i in range(N)), hidden)]
+    rows = [((i + 1) / N, temperature * (1 - (i + 1) / N), k) for i, k in enumerate(hidden)]
+    return [Step(1 + rise(r), 0.5 + 0.8 * (1 - r), T, k, draw=T, by_logit=True) for r, T, k in rows]
 
 
 def gumbel(u):
@@ -1077,16 +1106,17 @@ def gumbel(u):
 
 
 @torch.no_grad()
-def sample(net, cond, plan, *, order=None, draws=None, draw=sample_tokens, trace=None):
+def sample(net, cond, plan, *, x=None, order=None, draws=None, draw=sample_tokens, trace=None):
     """The multi-step sampler: tokens (B, L, G) after the steps of `plan`; a mask that MaskGit drew becomes token V-1.
 
-    order (L, G), if given, takes the place of confidence: units of low rank are kept first (`halton_order`).
-    draws(i) gives two uniforms (B, L, G) for step i, one for draw(z, temperature, u), one for the noise on the
-    confidence. trace, a list, receives the tokens that entered each step.
+    x are tokens to start from, V where there is none yet; by default all masked. order (L, G), if given, takes the
+    place of confidence: units of low rank are kept first (`halton_order`). draws(i) gives two uniforms (B, L, G) for
+    step i, one for draw(z, temperature, u), one for the noise on the confidence. trace, a list, receives the tokens
+    that entered each step.
     """
     E, bias = net.tables()
-    x = torch.full((len(cond[0]), net.L, net.G), net.V, device=E.device)
-    masked = torch.ones_like(x, dtype=torch.bool)
+    x = torch.full((len(cond[0]), net.L, net.G), net.V, device=E.device) if x is None else x
+    masked = x == net.V
     for i, step in enumerate(plan):
         if trace is not None:
             trace.append(x.clone())
@@ -1099,13 +1129,14 @@ def sample(net, cond, plan, *, order=None, draws=None, draw=sample_tokens, trace
         score = (z if step.by_logit else z.log_softmax(-1)).gather(-1, drawn[..., None])[..., 0]
         confidence = score + step.noise * gumbel(u_noise) if order is None else -order.to(z).expand(x.shape)
         confidence = torch.where(masked, confidence, torch.inf)
-        threshold = confidence.flatten(1).kthvalue(step.hidden, 1).values                     # all units in one ranking
-        masked = confidence <= threshold[:, None, None]
+        k = (masked.flatten(1).sum(1) - 1).clamp(1, step.hidden)                              # (B,), one fewer or less
+        threshold = confidence.flatten(1).sort(1).values.gather(1, k[:, None] - 1)            # one ranking of all units
+        masked = masked & (confidence <= threshold[:, None])
         x = torch.where(masked, net.V, drawn)
 
 
 def halton_order(grid):
-    """Ranks (L, 1) of the cells of a (rows, columns) grid: when a 2-D Halton sequence (bases 2 and 3) first visits each.
+    """Ranks (L, 1) of a (rows, columns) grid's cells: when a 2-D Halton sequence (bases 2 and 3) first visits each.
 
     It spreads the tokens of one step evenly over the image, so that they depend on each other least (Besnier et al.
     2025): the training-free baseline of Tab. 2. The first point is (1/2, 1/3).
@@ -1113,7 +1144,7 @@ def halton_order(grid):
     from scipy.stats import qmc
     (rows, columns), cells = grid, grid[0] * grid[1]
     points = qmc.Halton(2, scramble=False).fast_forward(1).random(100 * cells)                # (n, 2) in [0, 1)
-    visited = dict.fromkeys((int(y * rows) * columns + int(x * columns) for y, x in points))  # keeps the order of first visits
+    visited = dict.fromkeys(int(y * rows) * columns + int(x * columns) for y, x in points)    # keeps the first visits
     if len(visited) < cells:
         raise ValueError(f"a Halton sequence of {len(points)} points misses cells of a {rows} x {columns} grid")
     return torch.tensor(list(visited)).argsort()[:, None]
@@ -1135,7 +1166,7 @@ NAMES = tuple(f"{stem}.{kind}" for stem in ("diffusion_pytorch_model", "model", 
 
 
 def published_state(state, module):
-    """A published state dict with this module's names; prefixes and known extras dropped. Also: what contradicts itself.
+    """(a published state dict with this module's names, prefixes and known extras dropped; what is wrong in itself).
 
     In `published_names`, name#i is row block i of a packed tensor, name^T is stored transposed. 1x1 convolutions
     become the matrices they are. Two keys for one tensor (a tied output layer) must hold the same numbers.
@@ -1160,7 +1191,7 @@ def published_state(state, module):
     for key, rows in parts.items():
         if missing := {0, 1, 2} - rows.keys():
             complaints.append(f"part {', '.join('qkv'[i] for i in sorted(missing))} of {key} missing")
-            rows |= {i: torch.empty_like(next(iter(rows.values()))) for i in missing}         # said once, and that is enough
+            rows |= {i: torch.empty_like(next(iter(rows.values()))) for i in missing}         # said once, enough
         if len({t.shape[1:] for t in rows.values()}) == 1:
             out[key] = torch.cat([rows[i].flatten(1) if rows[i].ndim == 4 else rows[i] for i in sorted(rows)])
     return out, complaints
@@ -1185,7 +1216,8 @@ def load_state(module, state, source):
     if unexpected := state.keys() - own.keys():
         complaints.append(f"unexpected {few(unexpected)}")
     if misshapen:
-        complaints.append("of another shape " + few([f"{k} {v} instead of {shape(own[k])}" for k, v in misshapen.items()]))
+        complaints.append("of another shape "
+                          + few([f"{k} {v} instead of {shape(own[k])}" for k, v in misshapen.items()]))
     if complaints:
         raise UserError(f"{source} does not fit {type(module).__name__}: " + "; ".join(complaints)
                         + ". Is it another teacher's file, or another size?")
@@ -1195,7 +1227,7 @@ def load_state(module, state, source):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, which takes the name `path` only when all of it is on the disk: no kill leaves it half written."""
+    """A file to write, which takes the name `path` only when all of it is on the disk: no kill leaves half a file."""
     with open(path + ".tmp", "wb") as f:
         yield f
         f.flush()
@@ -1209,13 +1241,16 @@ def local(path):
 
 
 class Inert:
-    """Stands for whatever else a pickle mentions, such as an old trainer's callbacks: takes anything, does nothing."""
+    """Stands for what else a pickle mentions, such as an old trainer's callbacks: takes anything, does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
 
     def __setstate__(self, state):
         pass
+
+
+DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil", "socket", "runpy")
 
 
 def read_weights(path, role="net"):
@@ -1225,9 +1260,11 @@ def read_weights(path, role="net"):
     not know (the published VQGAN's file refers to a trainer's callbacks) are replaced by an inert one.
     """
     if os.path.isdir(path):
-        found = [p for folder in ("", FOLDERS[role]) for name in NAMES if os.path.isfile(p := os.path.join(path, folder, name))]
+        found = [p for folder in ("", FOLDERS[role]) for name in NAMES
+                 if os.path.isfile(p := os.path.join(path, folder, name))]
         if not found:
-            raise UserError(f"no weights in the folder {path}, nor in its {FOLDERS[role]}/: expected one of {', '.join(NAMES[:4])}")
+            raise UserError(f"no weights in the folder {path}, nor in its {FOLDERS[role]}/: expected one of "
+                            f"{', '.join(NAMES[:4])}, ...")
         path = found[0]
     if not os.path.isfile(path):
         raise UserError(f"no weights at {path}: expected a .safetensors or torch file")
@@ -1236,16 +1273,16 @@ def read_weights(path, role="net"):
             from safetensors.torch import load_file
             return load_file(path)
         load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
-        if not zipfile.is_zipfile(path):                          # before torch 1.6: not to be mapped, nor looked into
+        if not zipfile.is_zipfile(path):                          # before torch 1.6: cannot be mapped nor looked into
             return load()
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if code := [name for name in unknown if name.split(".")[0] in ("builtins", "os", "posix", "nt", "sys", "subprocess")]:
+        if code := [name for name in unknown if name.split(".")[0] in DANGEROUS]:
             raise ValueError(f"it asks to run {code[0]}: not a file of weights")
         with torch.serialization.safe_globals([(type(name.split(".")[-1], (Inert,), {}), name) for name in unknown]):
             return load(mmap=True)
     except Exception as err:       # truncated, not a checkpoint at all, or a pickle of more than tensors
-        raise UserError(f"cannot read {path} as weights ({type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}); "
-                        "it may be cut short: fetch or write it again")
+        why = f"{type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}"
+        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: fetch or write it again")
 
 
 def fetch(repo, name, flag):
@@ -1256,23 +1293,23 @@ def fetch(repo, name, flag):
         from huggingface_hub import hf_hub_download
         return hf_hub_download(repo, name)
     except Exception as err:
-        raise UserError(f"cannot download {name} from the Hugging Face hub, repository {repo} ({type(err).__name__}). "
-                        f"Without network, fetch it elsewhere and name the local file by {flag} PATH; "
+        raise UserError(f"cannot download {name} from the Hugging Face hub, repository {repo} "
+                        f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by {flag} PATH; "
                         "or try sizes and speed with --random_weights")
 
 
 def source(spec, role, path=None):
     """The path of a role's weights: as given, else the published file."""
     if path is None and role not in spec.files:
-        raise UserError(f"{spec.name} has no published weights, it is there to try the code: add --random_weights, or name "
-                        f"a file of your own by {FLAGS[role]} PATH")
+        raise UserError(f"{spec.name} has no published weights, it is there to try the code: add --random_weights, or "
+                        f"name a file of your own by {FLAGS[role]} PATH")
     return path or fetch(*spec.files[role], FLAGS[role])
 
 
 def build(spec, role, path=None, random_weights=False, **changes):
-    """The network of a role, "net", "tokenizer" or "text", with random weights or those of `path` or the published file."""
-    make, sizes = {"net": (spec.Net, spec.net), "tokenizer": (spec.Tokenizer, spec.tokenizer), "text": (TextTower, spec.text)}[role]
-    sizes = {**sizes, **changes}
+    """The network of a role, net, tokenizer or text, with random weights or those of `path` or the published file."""
+    make = {"net": spec.Net, "tokenizer": spec.Tokenizer, "text": TextTower}[role]
+    sizes = {**getattr(spec, role), **changes}
     if random_weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)                      # random weights are the same in every process and every run
@@ -1287,7 +1324,7 @@ def build(spec, role, path=None, random_weights=False, **changes):
 
 
 def stated_sizes(path, names):
-    """What a published config.json (nested dicts) states, as our arguments: head counts are to be seen nowhere else."""
+    """What a published config.json (nested dicts) states, as our arguments: head counts are seen nowhere else."""
     def leaves(d):
         for k, v in d.items():
             yield from leaves(v) if isinstance(v, dict) else [(k, v)]
@@ -1320,7 +1357,7 @@ def load_teacher(name, teacher_weights=None, tokenizer_weights=None, random_weig
 def assemble(spec, modules, device="cpu"):
     """Networks by role -> the frozen Teacher on its device, with the unconditional condition prepared."""
     if isinstance(modules["tokenizer"].encoder, Encoder):
-        modules["tokenizer"].to(memory_format=torch.channels_last)                           # convolutions a tenth faster
+        modules["tokenizer"].to(memory_format=torch.channels_last)                            # a tenth faster
     teacher = Teacher(spec=spec, **{k: m.to(device).eval().requires_grad_(False) for k, m in modules.items()})
     if teacher.text is not None:
         teacher.net.null_text, teacher.net.null_pooled = teacher.cond(teacher.conditions([spec.negative]))[:2]
@@ -1349,64 +1386,68 @@ def load_student(path, name=None, device="cpu", **files):
 
 
 # ============================================================================================ the teachers
-QUALITY = ("worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg artifacts, "
-           "signature, sketch, duplicate, ugly, identifying mark")
-MASKGIT_REPO, MEISSONIC_REPO = "llvictorll/Maskgit-pytorch", "MeissonFlow/Meissonic"
-MASKGIT_FILES = lambda size: {
-    "net": (MASKGIT_REPO, f"pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_{size}.pth"),
-    "tokenizer": (MASKGIT_REPO, "pretrained_maskgit/VQGAN/last.ckpt")}
-MASKGEN_FILES = lambda size: {
-    "net": (f"turkeyju/generator_maskgen_vq_{size}", "model.safetensors"),
-    "tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors"),
-    "text": ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors")}
-TINY_TEXT = dict(width=32, heads=2, depth=2, out=32, context=16)
+QUALITY = ("worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, "
+           "jpeg artifacts, signature, sketch, duplicate, ugly, identifying mark")
+MASKGIT, MEISSONIC = "llvictorll/Maskgit-pytorch", "MeissonFlow/Meissonic"
+VQGAN_FILE = (MASKGIT, "pretrained_maskgit/VQGAN/last.ckpt")
+MEISSONIC_VQ = dict(widths=(128, 256, 256, 512, 768), latent=64, embed=64, V=8192, attention=(), signed=False)
+CLIP_L_336 = dict(width=768, heads=12, depth=12, out=768, quick_gelu=True)
+MASKGEN_FILES = {"tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.safetensors"),
+                 "text": ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors")}
+TINY_VQ = dict(widths=(16, 32, 32), blocks=1, latent=8, embed=8, V=64, norm_groups=8)
+TINY_TEXT = dict(width=32, heads=2, depth=2, context=16)
 
 SPECS = {spec.name: spec for spec in (
-    Spec("maskbit", MaskBit, {"classes": 1000}, BitTokenizer, {}, maskbit_plan,
+    Spec("maskbit", MaskBit, dict(classes=1000), BitTokenizer, {}, maskbit_plan,
          {256: dict(guidance=5.8, temperature=10.3), 128: dict(guidance=7.1, temperature=9.0),
           64: dict(guidance=7.1, temperature=7.8)},
          image=(3, 256, 256), student=dict(init_ratio=0.6, noise=0.1, temperature=0.1),
          files={"net": ("markweber/maskbit_generator_14bit", "maskbit_generator_14bit.bin"),
                 "tokenizer": ("markweber/maskbit_tokenizer_14bit", "maskbit_tokenizer_14bit.bin")}),
-    Spec("maskgit", MaskGit, {"classes": 1000}, VQTokenizer, {}, maskgit_plan, {8: dict(guidance=3.0, temperature=4.5)},
-         image=(3, 256, 256), student=dict(init_ratio=0.6, noise=0.1, temperature=12.0), rounds=True, noise_scale=1.0,
-         files=MASKGIT_FILES(256)),
-    Spec("maskgit-512", MaskGit, {"classes": 1000, "grid": 32}, VQTokenizer, {}, maskgit_plan,
-         {15: dict(guidance=2.8, temperature=7.0)}, image=(3, 512, 512), rounds=True, noise_scale=1.0,
-         student=dict(init_ratio=0.6, noise=0.1, temperature=12.0), files=MASKGIT_FILES(512)),
-    Spec("meissonic", Meissonic, {}, VQTokenizer,
-         dict(widths=(128, 256, 256, 512, 768), latent=64, embed=64, V=8192, attention=(), signed=False),
-         meissonic_plan, {64: dict(guidance=9.0, temperature=2.0)}, image=(3, 1024, 1024),
-         student=dict(init_ratio=0.6, noise=0.3, temperature=0.5), text=dict(pads_with_bang=True), negative=QUALITY, rounds=True, noise_scale=1.0,
-         files={"net": (MEISSONIC_REPO, "transformer/diffusion_pytorch_model.safetensors"),
-                "tokenizer": (MEISSONIC_REPO, "vqvae/diffusion_pytorch_model.safetensors"),
-                "text": (MEISSONIC_REPO, "text_encoder/model.safetensors")}),
-    Spec("maskgen", MaskGen, {}, TATiTok, {}, maskgen_plan, {16: dict(guidance=12.0, temperature=2.0)}, image=(3, 256, 256),
-         student=dict(init_ratio=0.9, noise=0.1, temperature=1.0), text=dict(width=768, heads=12, depth=12, out=768, quick_gelu=True),
-         files=MASKGEN_FILES("l")),
-    Spec("maskgen-xl", MaskGen, {"width": 1280, "depth": 20}, TATiTok, {}, maskgen_plan, {16: dict(guidance=12.0, temperature=2.0)},
-         image=(3, 256, 256), student=dict(init_ratio=0.9, noise=0.1, temperature=1.0),
-         text=dict(width=768, heads=12, depth=12, out=768, quick_gelu=True), files=MASKGEN_FILES("xl")),
-    # the tiny ones: maskbit-tiny knows clothes (README, "The tiny world"); the others are to try the code with random weights
+    Spec("maskgit", MaskGit, dict(classes=1000), VQTokenizer, {}, maskgit_plan,
+         {8: dict(guidance=3.0, temperature=4.5)}, rounds=True, noise_scale=1.0,
+         image=(3, 256, 256), student=dict(init_ratio=0.6, noise=0.1, temperature=12.0),
+         files={"net": (MASKGIT, "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_256.pth"), "tokenizer": VQGAN_FILE}),
+    Spec("maskgit-512", MaskGit, dict(classes=1000, grid=32), VQTokenizer, {}, maskgit_plan,
+         {15: dict(guidance=2.8, temperature=7.0)}, rounds=True, noise_scale=1.0,
+         image=(3, 512, 512), student=dict(init_ratio=0.6, noise=0.1, temperature=12.0),
+         files={"net": (MASKGIT, "pretrained_maskgit/MaskGIT/MaskGIT_ImageNet_512.pth"), "tokenizer": VQGAN_FILE}),
+    Spec("meissonic", Meissonic, {}, VQTokenizer, MEISSONIC_VQ, meissonic_plan,
+         {64: dict(guidance=9.0, temperature=2.0)}, rounds=True, noise_scale=1.0,
+         image=(3, 1024, 1024), student=dict(init_ratio=0.6, noise=0.3, temperature=0.5),
+         text=dict(pads_with_bang=True), negative=QUALITY,
+         files={"net": (MEISSONIC, "transformer/diffusion_pytorch_model.safetensors"),
+                "tokenizer": (MEISSONIC, "vqvae/diffusion_pytorch_model.safetensors"),
+                "text": (MEISSONIC, "text_encoder/model.safetensors")}),
+    Spec("maskgen", MaskGen, {}, TATiTok, {}, maskgen_plan, {16: dict(guidance=12.0, temperature=2.0)},
+         image=(3, 256, 256), student=dict(init_ratio=0.9, noise=0.1, temperature=1.0), text=CLIP_L_336,
+         files={"net": ("turkeyju/generator_maskgen_vq_l", "model.safetensors"), **MASKGEN_FILES}),
+    Spec("maskgen-xl", MaskGen, dict(width=1280, depth=20), TATiTok, {}, maskgen_plan,
+         {16: dict(guidance=12.0, temperature=2.0)},
+         image=(3, 256, 256), student=dict(init_ratio=0.9, noise=0.1, temperature=1.0), text=CLIP_L_336,
+         files={"net": ("turkeyju/generator_maskgen_vq_xl", "model.safetensors"), **MASKGEN_FILES}),
+    # The tiny ones. maskbit-tiny knows clothes (README, "The tiny world"); the others have no weights, for trying code.
     Spec("maskbit-tiny", MaskBit, dict(bits=10, grid=8, width=128, depth=4, heads=4, mlp=512, classes=10),
          BitTokenizer, dict(channels=1, hidden=32, mult=(1, 2, 2), blocks=1, bits=10, norm_groups=8), maskbit_plan,
-         {16: dict(guidance=5.0, temperature=11.0)}, image=(1, 32, 32), student=dict(init_ratio=0.6, noise=0.1, temperature=1.0),
+         {16: dict(guidance=5.0, temperature=11.0)},
+         image=(1, 32, 32), student=dict(init_ratio=0.6, noise=0.1, temperature=1.0),
          record="assets/fashion/teacher_steps.jsonl",
-         files={"net": (None, "assets/fashion/teacher.safetensors"), "tokenizer": (None, "assets/fashion/tokenizer.safetensors")}),
-    Spec("maskgit-tiny", MaskGit, dict(V=64, grid=8, width=64, depth=4, heads=4, mlp=128, classes=10), VQTokenizer,
-         dict(widths=(16, 32, 32), blocks=1, latent=16, embed=8, V=64, norm_groups=8, attention=(2,)), maskgit_plan,
-         {4: dict(guidance=3.0, temperature=4.5)}, image=(3, 32, 32), rounds=True, noise_scale=1.0,
-         student=dict(init_ratio=0.6, noise=0.1, temperature=1.0)),
-    Spec("meissonic-tiny", Meissonic, dict(V=64, table=72, grid=8, heads=4, head_width=16, joint=2, single=2, text_width=32,
-                                           axes=(4, 6, 6)), VQTokenizer,
-         dict(widths=(16, 32, 32), blocks=1, latent=8, embed=8, V=64, norm_groups=8, attention=(), signed=False),
-         meissonic_plan, {4: dict(guidance=9.0, temperature=2.0)}, image=(3, 32, 32),
-         student=dict(init_ratio=0.6, noise=0.3, temperature=1.0), text=dict(TINY_TEXT, out=64, pads_with_bang=True),
-         negative=QUALITY, rounds=True, noise_scale=1.0),
-    Spec("maskgen-tiny", MaskGen, dict(V=64, L=16, width=64, depth=3, heads=4, text_width=32, micro=16, spare=11), TATiTok,
-         dict(V=64, L=16, size=32, patch=8, embed=8, enc=(32, 2, 2), dec=(48, 2, 4), text=16, text_width=32), maskgen_plan,
-         {4: dict(guidance=12.0, temperature=2.0)}, image=(3, 32, 32), student=dict(init_ratio=0.9, noise=0.1, temperature=1.0),
-         text=dict(TINY_TEXT, quick_gelu=True)),
+         files={"net": (None, "assets/fashion/teacher.safetensors"),
+                "tokenizer": (None, "assets/fashion/tokenizer.safetensors")}),
+    Spec("maskgit-tiny", MaskGit, dict(V=64, grid=8, width=64, depth=4, heads=4, mlp=128, classes=10),
+         VQTokenizer, dict(TINY_VQ, attention=(2,)), maskgit_plan, {4: dict(guidance=3.0, temperature=4.5)},
+         image=(3, 32, 32), student=dict(init_ratio=0.6, noise=0.1, temperature=1.0), rounds=True, noise_scale=1.0),
+    Spec("meissonic-tiny", Meissonic,
+         dict(V=64, table=72, grid=8, heads=4, head_width=16, joint=2, single=2, text_width=32, axes=(4, 6, 6)),
+         VQTokenizer, dict(TINY_VQ, attention=(), signed=False), meissonic_plan,
+         {4: dict(guidance=9.0, temperature=2.0)}, rounds=True, noise_scale=1.0,
+         image=(3, 32, 32), student=dict(init_ratio=0.6, noise=0.3, temperature=1.0),
+         text=dict(TINY_TEXT, out=64, pads_with_bang=True), negative=QUALITY),
+    Spec("maskgen-tiny", MaskGen, dict(V=64, L=16, width=64, depth=3, heads=4, text_width=32, micro=16, spare=11),
+         TATiTok, dict(V=64, L=16, size=32, patch=8, embed=8, enc=(32, 2, 2), dec=(48, 2, 4), text=16, text_width=32),
+         maskgen_plan, {4: dict(guidance=12.0, temperature=2.0)},
+         image=(3, 32, 32), student=dict(init_ratio=0.9, noise=0.1, temperature=1.0),
+         text=dict(TINY_TEXT, out=32, quick_gelu=True)),
 )}
 
 
@@ -1425,7 +1466,7 @@ def real_images(folder, spec, n):
         names = sorted(f for f in os.listdir(folder) if f.lower().endswith(SUFFIXES)
                        and os.path.isfile(os.path.join(folder, os.path.splitext(f)[0] + ".txt")))
         if not names:
-            raise UserError(f"--images {folder}: expected images, each with its prompt in a text file of the same name")
+            raise UserError(f"--images {folder}: expected images, each with its prompt in a text file of its name")
         what = [open(os.path.join(folder, os.path.splitext(f)[0] + ".txt")).read().strip() for f in names]
     some = [i * len(names) // n for i in range(n)] if n < len(names) else range(len(names))
     img = [variants(os.path.join(folder, names[i]), i, spec.image, False, 0, 0) for i in some]
@@ -1436,7 +1477,7 @@ def real_images(folder, spec, n):
 
 @torch.no_grad()
 def knows(teacher, img, what, batch=8, ratio=0.5):
-    """What right weights do well, on uint8 images: reconstruction in dB, and nats a masked token, half of them masked.
+    """What right weights do well, on uint8 images: reconstruction in dB; nats a masked token, half of them masked.
 
     `null` is without the condition, `uniform` what a network that knows nothing would pay.
     """
@@ -1457,24 +1498,26 @@ def knows(teacher, img, what, batch=8, ratio=0.5):
 
 
 def check(args):
-    """Report on a teacher's files: found, fitting, how large, and what they know of real images. Exit code 2 if not."""
+    """Report on a teacher's files: found, fitting, how large, and what they know of real images."""
     spec, modules = SPECS[args.check], {}
     change = {"text": {"quick_gelu": args.text_activation == "quick_gelu"}} if args.text_activation else {}
     for role, path in zip(spec.roles, (args.teacher_weights, args.tokenizer_weights, args.text_weights)):
         try:
             modules[role] = build(spec, role, path, args.random_weights, **change.get(role, {}))
-            state = modules[role].state_dict()
-            print(f"{role:9s}  ok   {'random weights' if args.random_weights else source(spec, role, path)}: {type(modules[role]).__name__}, "
-                  f"{len(state)} tensors, {sum(p.numel() for p in modules[role].parameters()):,} parameters, all finite: "
-                  f"{'yes' if all(torch.isfinite(t).all() for t in state.values()) else 'NO'}")
+            m, state = modules[role], modules[role].state_dict()
+            where = "random weights" if args.random_weights else source(spec, role, path)
+            finite = all(torch.isfinite(t).all() for t in state.values())
+            print(f"{role:9s}  ok   {where}: {type(m).__name__}, {len(state)} tensors, "
+                  f"{sum(p.numel() for p in m.parameters()):,} parameters, all finite: {'yes' if finite else 'NO'}")
         except UserError as err:
             print(f"{role:9s}  NOT  {err}")
     if len(modules) < len(spec.roles):
         raise UserError(f"{spec.name} is not complete: see the lines above")
     if args.images:
         found = knows(assemble(spec, modules, args.device), *real_images(args.images, spec, args.n))
-        print("on {images} real images: reconstruction {psnr:.2f} dB; {nats:.3f} nats a masked token, {nats_null:.3f} without "
-              "the condition, {nats_uniform:.3f} for a guess\n".format(**found) + json.dumps({"teacher": spec.name, **found}))
+        print("on {images} real images: reconstruction {psnr:.2f} dB; {nats:.3f} nats a masked token, {nats_null:.3f} "
+              "without the condition, {nats_uniform:.3f} for a guess".format(**found))
+        print(json.dumps({"teacher": spec.name, **found}))
 
 
 if __name__ == "__main__":
@@ -1485,9 +1528,9 @@ if __name__ == "__main__":
     ap.add_argument("--teacher_weights", metavar="PATH", help="local file or folder instead of the published one")
     ap.add_argument("--tokenizer_weights", metavar="PATH", help="likewise")
     ap.add_argument("--text_weights", metavar="PATH", help="likewise")
-    ap.add_argument("--text_activation", choices=["gelu", "quick_gelu"], help="of the text tower, where files leave it open")
+    ap.add_argument("--text_activation", choices=["gelu", "quick_gelu"], help="of the text encoder")
     ap.add_argument("--random_weights", action="store_true", help="no files at all: to see sizes")
-    ap.add_argument("--images", metavar="FOLDER", help="real images: a subfolder a class, or each with a NAME.txt prompt")
+    ap.add_argument("--images", metavar="FOLDER", help="real images: a subfolder a class, or with NAME.txt prompts")
     ap.add_argument("--n", type=int, default=64, help="how many of them (%(default)s)")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -48,7 +48,8 @@ TABLE_5 = {
     # choice: feature noise 0.1; App. H.3 says "a noise perturbation for the features" and not how much
     "maskgit": dict(
         teacher="maskgit", batch=256, steps=30_000, cfg=2.0, beta=-0.2, schedule="arccos", lr=1e-5, ema=0.9999,
-        w_gan=100.0, gan_ratio=[0.0, 0.5], heads=4, head_width=1024, head_mlp=2048, feature_noise=0.1, data="data/imagenet"),
+        w_gan=100.0, gan_ratio=[0.0, 0.5], heads=4, head_width=1024, head_mlp=2048, feature_noise=0.1,
+        data="data/imagenet"),
     "meissonic": dict(
         teacher="meissonic", batch=16, steps=10_000, cfg=4.0, beta=0.0, schedule="cosine", ratio_range=[0.02, 0.98],
         lr=1e-6, ema=0.9999, checkpointing=True),
@@ -67,8 +68,9 @@ TABLE_5["maskbit-tiny"] = dict(
     TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=150, student_start=30,
     lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=75, save_every=50)
 for name, prompts in (("maskgit", None), ("meissonic", "assets/prompts.txt"), ("maskgen", "assets/prompts.txt")):
-    TABLE_5[f"{name}-tiny"] = dict(TABLE_5[name], teacher=f"{name}-tiny", batch=8, steps=4, lr=1e-4, head_width=32, head_mlp=32, heads=2,
-                                   gan_start=0, data=None, prompts=prompts, eval_every=4, n_eval=16, log_every=1, save_every=2)
+    TABLE_5[f"{name}-tiny"] = dict(
+        TABLE_5[name], teacher=f"{name}-tiny", batch=8, steps=4, lr=1e-4, heads=2, head_width=32, head_mlp=32, gan_start=0,
+        data=None, prompts=prompts, eval_every=4, n_eval=16, log_every=1, save_every=2)
 
 
 def flags():
@@ -161,7 +163,8 @@ def settle(given, defaults):
     name = given.get("recipe") or given.get("teacher", defaults["teacher"])
     if name not in TABLE_5:
         raise UserError(f"unknown --recipe {name!r}: expected one of {', '.join(TABLE_5)}")
-    c = argparse.Namespace(**{**defaults, **SPECS[TABLE_5[name]["teacher"]].student, **TABLE_5[name], **given, "recipe": name})
+    own = SPECS[TABLE_5[name]["teacher"]].student
+    c = argparse.Namespace(**{**defaults, **own, **TABLE_5[name], **given, "recipe": name})
     if c.teacher != TABLE_5[name]["teacher"]:
         raise UserError(f"--recipe {name} is for --teacher {TABLE_5[name]['teacher']}, not {c.teacher}")
     c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
@@ -185,8 +188,8 @@ def settle(given, defaults):
         raise UserError("--gan compares with real images and found none: add --data FOLDER, written by data/imagenet.py "
                         "or data/fashion.py, or leave out --gan")
     if SPECS[c.teacher].text and not c.gan and not c.prompts:
-        raise UserError(f"{c.teacher} draws what it is told: add --prompts FILE, one prompt a line (the paper's are captions of "
-                        "LAION-Aesthetics; to try it, assets/prompts.txt)")
+        raise UserError(f"{c.teacher} draws what it is told: add --prompts FILE, one prompt a line (the paper's are "
+                        "captions of LAION-Aesthetics; to try it, assets/prompts.txt)")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
     if os.path.exists(os.path.join(c.out, "ckpt.pt")) and not (c.resume or c.overwrite):
@@ -272,8 +275,8 @@ def load_tokens(path, teacher):
                 meta = json.loads(str(f["meta"])) if "meta" in f else {}
                 prompts = f["prompts"].tolist() if text else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-        raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them with "
-                        "data/fashion.py or data/imagenet.py" + "; each label is a line of prompts.txt" * text)
+        raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them "
+                        "with data/fashion.py or data/imagenet.py" + "; each label is a line of prompts.txt" * text)
     if not meta.get("complete", True):
         raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
     if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
@@ -381,8 +384,9 @@ def one_step(c, teacher, net):
 def finish(c, teacher, start, student, rows, conditions, metrics, say):
     """The end of a run: weights in float16 for others to load, a picture, and a table against the teacher's steps.
 
-    start is the strip of pictures with which the run began. The teacher's quality is read from the record that ships with it (minutes to make: evaluate.py --steps ...); its
-    speed is measured here, on 500 images in batches like the student's: the ratio depends on the machine.
+    start is the strip of pictures with which the run began. The teacher's quality is read from the record that ships
+    with it (minutes to make: evaluate.py --steps ...); its speed is measured here, on 500 images in batches like the
+    student's: the ratio depends on the machine.
     """
     from safetensors.torch import save
 
@@ -397,7 +401,8 @@ def finish(c, teacher, start, student, rows, conditions, metrics, say):
     steps = next(iter(teacher.spec.sampling))
     many = functools.partial(ev.generate_teacher, teacher, steps=steps)
     if first:
-        ev.sheet([(f"teacher, {steps} guided steps", show(c, many, teacher, conditions)), ("start of this run, 1 step", start),
+        ev.sheet([(f"teacher, {steps} guided steps", show(c, many, teacher, conditions)),
+                  ("start of this run, 1 step", start),
                   ("student, 1 step", show(c, one_step(c, teacher, student), teacher, conditions))],
                  os.path.join(c.out, "picture.png"))
         say(f"wrote {c.out}/picture.png")
@@ -520,7 +525,8 @@ def train(c):
         for m in (net, *nets.values()):
             m.compile()
     # Where gradients must be averaged, call the DDP wrapper; calling the bare module silently trains each rank alone.
-    wrapped = {k: DDP(m, [device.index] if device.type == "cuda" else None, broadcast_buffers=False) if world > 1 else m for k, m in nets.items()}
+    wrap = lambda m: DDP(m, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    wrapped = {k: wrap(m) if world > 1 else m for k, m in nets.items()}
     # Under accumulation gradients travel once a step, with the last micro-batch.
     hold = lambda m, a: contextlib.nullcontext() if world == 1 or a == c.accum - 1 else m.no_sync()
 
