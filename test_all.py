@@ -2748,6 +2748,30 @@ def test_every_tiny_teacher_is_evaluated_beside_its_student(name, tmp_path):
         assert sheet.size[0] > 3 * W and sheet.size[1] > 2 * H
 
 
+def test_mask_ratios_keep_within_the_bounds_that_the_official_meissonic_code_has(tmp_path):
+    teacher = load_teacher("meissonic-tiny", random_weights=True)
+    rows, ratios = teacher.conditions(["a", "b"]), {}
+    for bounds in ([0.0, 1.0], [0.02, 0.98]):
+        c = train.settle(dict(teacher="meissonic-tiny", ratio_range=bounds, batch=200, out=f"{tmp_path}"), train.flags()[1])
+        steps = [train.draw_step(c, n, 0, 200, teacher.net, rows) for n in range(10)]
+        ratios[bounds[0]] = torch.cat([r for s in steps for r in (s.ratio, s.ratio_aux)])
+    assert ratios[0.0].min() < 0.01 and ratios[0.0].max() > 0.99
+    assert torch.equal(ratios[0.02], ratios[0.0].clamp(0.02, 0.98))
+    assert train.TABLE_5["meissonic"]["ratio_range"] == [0.02, 0.98]
+
+
+@pytest.mark.parametrize("name", ["maskbit-tiny", "maskgit-tiny", "meissonic-tiny", "maskgen-tiny"])
+def test_frozen_weights_in_bf16_change_nothing_under_autocast(name):
+    teacher, text = load_teacher(name, random_weights=True), SPECS[name].text
+    cond = teacher.cond(teacher.conditions(["a", "b!"] if text else None)[:2])
+    e = se.embed_tokens(integers(0, teacher.net.V + 1, 2, teacher.net.L, teacher.net.G), *teacher.net.tables())
+    before = sum(p.nbytes for p in teacher.net.parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = teacher.net(e, cond)
+        assert torch.equal(teacher.net.halve()(e, cond), expected)
+    assert sum(p.nbytes for p in teacher.net.parameters()) < 0.75 * before
+
+
 def test_settings_of_table_5_reach_every_teacher():
     columns = {"maskgit": (256, 30_000, 2.0, 0.6, -0.2, 12.0, "arccos", 100.0, [0.0, 0.5], 4, 1e-5),
                "maskbit": (256, 50_000, 1.5, 0.6, 0.0, 0.1, "arccos", 25.0, [0.0, 0.95], 4, 1e-6),
