@@ -22,6 +22,7 @@ says assets/fashion/reference.json.
     python evaluate.py --steps 1 2 4 8 16                        # the teacher alone
     python evaluate.py --teacher maskgit --steps 8 --order halton             # a published one; Tab. 2's baseline
     torchrun --nproc_per_node=4 evaluate.py --ckpt ... --n 50000
+    python evaluate.py --teacher meissonic-tiny --steps 1 16     # GenEval on the world of shapes, and a CLIP's score
     python evaluate.py --reconstruction                          # the tokenizer: what limits every student
     python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
 """
@@ -32,6 +33,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import textwrap
 import time
 import warnings
 import zipfile
@@ -44,6 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import teachers
@@ -353,9 +357,71 @@ def read_prompts(path):
     return prompts
 
 
+@torch.no_grad()
+def evaluate_prompts(teacher, rewards, make_images, n, batch=250, seed=0, desc=None):
+    """The shapes world's judge: GenEval's six tasks, scored exactly by its reader, and rewards, on n prompts.
+
+    The arguments are those of `evaluate`, and batches go to processes in the same way.
+    """
+    from data.shapes import benchmark, detect
+
+    prompts, metadata = benchmark(n, seed)
+    rows, names = teacher.conditions(prompts), list(rewards.models)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    right, seconds, timed = torch.zeros(n, 1 + len(names), device=rows.device), Counter(), 0
+    for i in tqdm(range(rank, math.ceil(n / batch), world), desc, unit="batch", disable=rank > 0 or desc is None,
+                  leave=False, dynamic_ncols=True):
+        if i == rank + world:
+            seconds.clear()
+            timed = 0
+        part = slice(i * batch, (i + 1) * batch)
+        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+        generator = torch.Generator(rows.device).manual_seed(own_seed)
+        img = make_images(rows[part], generator=generator, seconds=seconds)                   # (b, 3, H, W) uint8
+        timed += len(img)
+        scores = rewards(img.float() / 255, prompts[part])
+        for j, pixels in enumerate(img.cpu().numpy(), part.start):
+            right[j, 0] = verdict(metadata[j], *detect(pixels))[0]
+        right[part, 1:] = torch.stack([scores[name] for name in names], 1)
+    right = all_reduce(right).double()
+    rates = torch.tensor([timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])], dtype=torch.float64)
+    rates = all_reduce(rates.to(rows.device)).tolist()
+    tasks = geneval_table((meta["tag"], r) for meta, r in zip(metadata, right[:, 0].tolist()))
+    return {"n": n, "geneval": tasks.pop("overall"), **tasks, **dict(zip(names, right[:, 1:].mean(0).tolist())),
+            "images/s": rates[0] or None, "tokens_only/s": rates[1] or None, "seed": seed, "batch": batch,
+            "processes": world, "reader": "data/shapes.py"}
+
+
+def load_judge(teacher, device="cpu"):
+    """judge(make_images, n, batch=, seed=, desc=) -> a row of results for this teacher's world, or None.
+
+    Fashion is judged by FID and its relatives, shapes by GenEval and CLIP; published teachers not yet.
+    """
+    spec = teacher.spec
+    if spec.image == (1, 32, 32):
+        extractor, reference = load_extractor(spec, device)
+        conditions = teacher.conditions()
+        return lambda make, n, batch=250, seed=0, desc=None: evaluate(make, in_turn(conditions, n), extractor, reference,
+                                                                      batch, seed, desc=desc)
+    if spec.rewards and all(os.path.exists(teachers.local(path)) for path, _ in spec.rewards.values()):
+        from reward import load_judges
+
+        rewards = load_judges(spec, spec.rewards, device=device)
+        return functools.partial(evaluate_prompts, teacher, rewards)
+    return None
+
+
+def headline(row):
+    """A row in a few words."""
+    if "fid" in row:
+        return f"FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}"
+    return f"GenEval {row['geneval']:.3f}, CLIP {row['clip']:.2f}"
+
+
 # ===================================================================================== tables and pictures
 COLUMNS = {"steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
-           "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".1f",
+           "geneval": ".3f", "single_object": ".2f", "two_object": ".2f", "counting": ".2f", "colors": ".2f",
+           "position": ".2f", "color_attr": ".2f", "clip": ".2f", "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".1f",
            "tokens_only/s": ".1f"}                               # key of a row: how it is printed
 
 
@@ -381,36 +447,46 @@ def table(rows):
     return "\n".join(lines)
 
 
-def sheet(rows, path, scale=None, columns=None):
+def sheet(rows, path, scale=None, columns=None, words=None):
     """A PNG of labelled rows: [(caption, uint8 images (n, C, H, W)), ...], wrapped after `columns` images.
 
     Pixels are enlarged `scale` times, never smoothed; by default small images become 96 px high, and ten fit a row.
+    words: what the images of every row were asked for, written over each.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont
 
     H, W = rows[0][1].shape[2:]
     scale, gap, caption = scale or max(1, 96 // H), 2, 16
-    high, wide = scale * H + gap, scale * W + gap
+    over, font = 26 if words else 0, ImageFont.load_default(10)
+    high, wide = scale * H + gap + over, scale * W + gap
     columns = min(columns or max(2, min(10, 2048 // wide)), max(len(img) for _, img in rows))
     heights = [caption + high * math.ceil(len(img) / columns) for _, img in rows]
     page = Image.new("RGB", (wide * columns + gap, sum(heights) + gap), "white")
     draw, top = ImageDraw.Draw(page), 0
     for (text, img), height in zip(rows, heights):
-        draw.text((gap + 1, top + 1), text, "black", ImageFont.load_default())
+        draw.text((gap + 1, top + 1), text, "black", ImageFont.load_default(12))
         for i, pixels in enumerate(img.cpu().permute(0, 2, 3, 1).numpy()):                    # (H, W, C)
             tile = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
             tile = tile.resize((scale * W, scale * H), Image.Resampling.NEAREST)
-            page.paste(tile, (gap + i % columns * wide, top + caption + i // columns * high))
+            x, y = gap + i % columns * wide, top + caption + i // columns * high
+            if words:
+                lines = textwrap.wrap(words[i], max(8, scale * W // 6), max_lines=2, placeholder=" ...")
+                draw.multiline_text((x + 1, y), "\n".join(lines), "black", font, spacing=1)
+            page.paste(tile, (x, y + over))
         top += height
     with replacing(path) as f:
         page.save(f, format="PNG", optimize=True)
 
 
+def spread(everything, n):
+    """n of them, in even steps, from the first on; some twice where there are fewer."""
+    return [everything[i * len(everything) // n] for i in range(n)]
+
+
 def fixed_sample(make_images, conditions, n=10, seed=0):
     """n images, spread over the conditions, from starts that the seed fixes: what a sheet shows of each model."""
-    device = conditions.device
-    rows = conditions[torch.arange(n, device=device) * len(conditions) // n]
-    return make_images(rows, generator=torch.Generator(device).manual_seed(seed))
+    generator = torch.Generator(conditions.device).manual_seed(seed)
+    return make_images(torch.stack(spread(conditions, n)), generator=generator)
 
 
 # ================================================================================== real images: the tiny world
@@ -494,6 +570,220 @@ def reconstruction(teacher, device, n, batch):
             yield dict(model=model, kind="real", tokenizer=fingerprint(teacher.tokenizer), **row)
 
 
+# ============================================================================== GenEval: is it what was asked for?
+# A detector says what it sees, and rules say whether that is what the prompt asked for: six tasks, 553 prompts,
+# four images each (Ghosh et al. 2023; the rules are evaluation/evaluate_images.py of their repository). Published
+# scores rest on one detector, mmdetection's Mask2Former with Swin-S, and one judge of colours, OpenAI's CLIP
+# ViT-L-14; with others, numbers compare only with each other. So both are arguments here,
+#     detector(image) -> {class: [((x1, y1, x2, y2), score), ...]}, in any order
+#     colour_of(image, box, class) -> one of COLOURS; the box comes as the detector made it, and may carry a mask
+# and `write_geneval` writes the folder that the official programs read.
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def kept(found, tag):
+    """The boxes of a class that count, surest first: scores strictly above 0.3 (0.9 in counting), 16 at most."""
+    score = np.array([s for _, s in found], dtype=np.float32)
+    low = np.float32(0.9 if tag == "counting" else 0.3)          # in float32 as well: a score of 0.3 is out
+    order = np.argsort(score, kind="stable")[::-1]               # (numpy's default orders ties by CPU)
+    return [found[i][0] for i in order if score[i] > low][:16]
+
+
+def relations(box_a, box_b):
+    """Where A is, seen from B: a set of RELATIONS, none, one or two of them (y points down).
+
+    With o from B's centre to A's, per axis r = sign(o) max(|o| - 0.1 (size A + size B), 0): boxes about one centre
+    have no relation. A is left of B where r_x < -|o| / 2, and so on; |o| is the length before shrinking.
+    """
+    a, b = (np.asarray(box, dtype=np.float32)[:4].reshape(2, 2) for box in (box_a, box_b))    # corners (x, y)
+    o = a.mean(0) - b.mean(0)
+    size = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])             # absolute: corners may come in any order
+    r = np.maximum(np.abs(o) - np.float32(0.1) * size, 0) * np.sign(o)
+    if (np.abs(r) < 1e-3).all():
+        return set()
+    x, y = r / np.linalg.norm(o)
+    return {name for name, holds in zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)) if holds}
+
+
+def complaint(clause, boxes, groups, colour):
+    """What is wrong with the boxes for an `include` clause, or None. groups: what fulfilled each earlier clause."""
+    name, count = clause["class"], clause["count"]
+    if len(boxes) < count:
+        return f"expected {count} {name}, found {len(boxes)}"
+    if "color" in clause:
+        seen = [colour(box, name) for box in boxes]
+        if any(c != clause["color"] for c in seen):
+            return f"expected {count} {clause['color']} {name}, found {' and '.join(seen)}"
+    if "position" in clause:
+        where, target = clause["position"]
+        if groups[target] is None:
+            return f"expected {name} {where} something that is missing or wrong itself"
+        for true in (relations(a, b) for a in boxes for b in groups[target]):
+            if where not in true:
+                return f"expected {name} {where} its target, found it {' and '.join(sorted(true)) or 'at no side'}"
+    return None
+
+
+def verdict(metadata, detections, colour):
+    """(right?, why not) of one image: what the detector found, against a line of the benchmark.
+
+    colour(box, class) -> name is asked where a clause speaks of one. Of each class only the surest boxes are
+    judged, as many as were asked for: a blue bench beside a surer red one is no blue bench.
+    """
+    found = {name: kept(boxes, metadata["tag"]) for name, boxes in detections.items()}
+    groups, wrong = [], []
+    for clause in metadata.get("include", []):                   # all must hold
+        boxes = found.get(clause["class"], [])[:clause["count"]]
+        why = complaint(clause, boxes, groups, colour)
+        groups.append(None if why else boxes)
+        wrong += [why] if why else []
+    for clause in metadata.get("exclude", []):                   # none may: "two apples" excludes three
+        if (n := len(found.get(clause["class"], []))) >= clause["count"]:
+            wrong.append(f"expected fewer than {clause['count']} {clause['class']}, found {n}")
+    return not wrong, "; ".join(wrong)
+
+
+def geneval(folder, detector, colour_of):
+    """Rows (task, right?, why not), one an image, of a folder that `write_geneval` wrote."""
+    for metadata, images in read_geneval(folder):
+        for img in images:
+            yield metadata["tag"], *verdict(metadata, detector(img), functools.partial(colour_of, img))
+
+
+def geneval_table(rows):
+    """{task: share of right images, "overall": mean of the six tasks, not of the images} from `geneval`'s rows.
+
+    A task without images is left out, and then overall is None.
+    """
+    right = {tag: [] for tag in TASKS}
+    for tag, correct, *_ in rows:
+        right[tag].append(correct)
+    table = {tag: sum(r) / len(r) for tag, r in right.items() if r}
+    return {**table, "overall": sum(table.values()) / len(TASKS) if len(table) == len(TASKS) else None}
+
+
+def parse_metadata(text, where):
+    """A line of evaluation_metadata.jsonl as a dict, or a sentence on what the rules above would not understand."""
+    def expect(holds, words):
+        if not holds:
+            raise ValueError(f"expected {words}")
+    try:
+        line = json.loads(text)
+        expect({"tag", "prompt", "include"} <= set(line), "tag, prompt and include")
+        expect(line["tag"] in TASKS, f"a tag out of {', '.join(TASKS)}, got {line['tag']!r}")
+        for i, clause in enumerate([*line["include"], *line.get("exclude", [])]):
+            expect({"class", "count"} <= set(clause), "class and count in every entry")
+            expect(clause["count"] in range(1, 17), f"a count from 1 to 16, got {clause['count']!r}")
+            expect(clause.get("color", "red") in COLOURS, f"a color out of {', '.join(COLOURS)}")
+            where_to, target = clause.get("position", ("above", None))
+            expect(where_to in RELATIONS and target in (None, *range(i)), "a position [relation, earlier entry]")
+    except (ValueError, TypeError) as err:
+        raise UserError(f"{where} is no prompt of GenEval: {err}")
+    return line
+
+
+def read_metadata(path):
+    """GenEval's prompts, from its evaluation_metadata.jsonl. The place of a line, from 0, is its folder's name."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines() or [""]
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"cannot read {path} ({err}): expected GenEval's evaluation_metadata.jsonl")
+    return [parse_metadata(text, f"{path}, line {i}") for i, text in enumerate(lines, 1)]
+
+
+def save_images(folder, images, kind, **options):
+    """uint8 images (3, H, W) as <folder>/00000.<kind>, ... in a new folder: old ones in it would be judged, too."""
+    try:
+        os.makedirs(folder)
+    except OSError as err:
+        raise UserError(f"cannot make the folder {folder} ({err.strerror}): images go to a new one, lest they mix")
+    for n, img in enumerate(images):
+        pixels = img.permute(1, 2, 0).cpu().numpy()                                           # (H, W, 3)
+        Image.fromarray(pixels).save(os.path.join(folder, f"{n:05d}.{kind}"), **options)
+
+
+def write_geneval(folder, metadata_list, images_per_prompt):
+    """<folder>/<00000>/metadata.jsonl and samples/<00000>.png. For each prompt uint8 images (n, 3, H, W).
+
+    images_per_prompt may be a generator: 2,212 images need not fit into memory.
+    """
+    for i, (metadata, images) in enumerate(zip(metadata_list, images_per_prompt, strict=True)):
+        save_images(os.path.join(folder, f"{i:05d}", "samples"), images, "png")
+        with open(os.path.join(folder, f"{i:05d}", "metadata.jsonl"), "w") as f:
+            json.dump(metadata, f)
+
+
+def read_geneval(folder):
+    """(metadata, [RGB pictures]) of such a folder, prompt by prompt."""
+    path = folder
+    try:
+        for prompt in sorted(filter(str.isdigit, os.listdir(folder))):
+            path = os.path.join(folder, prompt, "metadata.jsonl")
+            with open(path, encoding="utf-8") as f:
+                metadata = parse_metadata(f.read(), path)
+            images, samples = [], os.path.join(folder, prompt, "samples")
+            for name in sorted(n for n in os.listdir(samples) if re.fullmatch(r"\d+\.png", n)):
+                path = os.path.join(samples, name)
+                images.append(Image.open(path).convert("RGB"))
+            yield metadata, images
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"cannot read {path} ({err}): expected <index>/metadata.jsonl, <index>/samples/<n>.png")
+
+
+# =========================================================================================== COCO-30k and HPS v2
+def coco_crop(img, size=256):
+    """A picture as COCO's FID and CLIP score see it, real or generated: uint8 (size, size, 3) (GigaGAN, DMD2)."""
+    (W, H), side = img.size, min(img.size)
+    left, top = round((W - side) / 2), round((H - side) / 2)     # halves to the even neighbour, as in torchvision
+    img = img.convert("RGB").crop((left, top, left + side, top + side))
+    return np.array(img.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def clip_score_tokens(captions):
+    """Token ids (n, 77) of "A photo depicts" and the caption, for CLIP score (DMD2's coco_evaluator.py).
+
+    The caption alone is cut to 77, then the words are slid in behind its start, and what now stands last is an end.
+    (Unless that is a "!" amid punctuation: its id, 0, passes for padding. Kept: published scores have it so.)
+    """
+    ids = teachers.byte_pairs()(list(captions), 77)              # start, byte pairs, end, then zeros
+    words = torch.tensor([320, 1125, 29340]).expand(len(ids), 3)
+    ids = torch.cat([ids[:, :1], words, ids[:, 1:]], dim=1)[:, :77]
+    ids[:, 76].masked_fill_(ids[:, 76] > 0, 49407)
+    return ids
+
+
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")      # 800 prompts each
+
+
+def write_hps(root, style, images):
+    """<root>/<style>/<00000>.jpg, where hpsv2.evaluate looks: uint8 images (3, H, W), in the order of the prompts.
+
+    JPEG of quality 75 is PIL's default, and so what published scores were taken from.
+    """
+    if style not in HPS_STYLES:
+        raise ValueError(f"unknown style {style!r}: expected one of {', '.join(HPS_STYLES)}")
+    save_images(os.path.join(root, style), images, "jpg", quality=75)
+
+
+def hps_benchmark(scores_by_style):
+    """{style: (mean, deviation), "averaged": mean of all} of 100 cos, 800 a style, rounded as hpsv2 prints them.
+
+    The deviation is that of ten means, of 80 consecutive prompts each (population), not of images. Without all four
+    styles "averaged" is None. HPS v2.0 and v2.1 are different networks: say which one it was.
+    """
+    table, every = {}, []
+    for style, scores in scores_by_style.items():
+        if len(scores) != 800:
+            raise UserError(f"HPS v2, {style}: expected 800 scores, one a prompt, got {len(scores)}")
+        every.append(torch.as_tensor(scores, dtype=torch.float64).reshape(10, 80).mean(1))
+        table[style] = round(every[-1].mean().item(), 2), round(every[-1].std(correction=0).item(), 4)
+    whole = set(table) == set(HPS_STYLES)
+    return {**table, "averaged": round(torch.cat(every).mean().item(), 2) if whole else None}
+
+
 # ============================================================================================ command line
 def number(low, high=math.inf, kind=float):
     """An argparse type: a number in [low, high]."""
@@ -518,8 +808,8 @@ def flags():
     add("--text_weights", metavar="PATH", help="local file of the text encoder instead of the published one")
     add("--text_activation", choices=["gelu", "quick_gelu"], help="of the text encoder (MaskGen's is not certain)")
     add("--random_weights", action="store_true", help="a teacher without files, to try memory and speed")
-    add("--prompts", metavar="FILE", default="assets/prompts.txt",
-        help="what to draw with a text teacher, one prompt a line, taken in turn (%(default)s)")
+    add("--prompts", metavar="FILE", help="what to draw with a text teacher, one prompt a line, taken in turn "
+        "(default: assets/prompts.txt, or a tiny world's own)")
 
     add = ap.add_argument_group("how to sample (default: what the checkpoint says; the teacher's own)").add_argument
     add("--temperature", nargs="+", type=number(0), metavar="T", help="of a student's softmax, a row each")
@@ -599,22 +889,27 @@ def main(args):
         teacher = load_teacher(args.teacher or "maskbit-tiny", device=device, **{k: getattr(args, k) for k in FILES})
         rows += reconstruction(teacher, device, args.n, args.batch or 250)
     for teacher, make_images, facts in models(args, device):
-        extractor, reference = load_extractor(teacher.spec, device)
-        if extractor is not None and args.n < 10:
+        judge = load_judge(teacher, device)
+        if judge and args.n < 10:
             raise UserError(f"--n {args.n}: statistics need 10 images at least")
-        if extractor is None and first:
+        if judge is None and first:
             print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and so FID, are not part of "
                   "this version yet")
-        conditions = teacher.conditions(read_prompts(args.prompts) if teacher.text else None)
+        prompts = read_prompts(args.prompts or teacher.spec.prompts) if teacher.text else None
+        conditions = teacher.conditions(prompts)
         batch = args.batch or min(250, max(1, 2**14 // teacher.net.L))
         shown = [f"{k} {facts[k]:g}" for k in ("steps", "temperature", "guidance") if k in facts]
         caption = ", ".join([facts["model"], *shown])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            row = evaluate(make_images, in_turn(conditions, args.n), extractor, reference, batch, args.seed, desc=caption)
+            if judge:
+                row = judge(make_images, args.n, batch=batch, seed=args.seed, desc=caption)
+            else:
+                row = evaluate(make_images, in_turn(conditions, args.n), None, None, batch, args.seed, desc=caption)
             shown = min(args.n, 10 if teacher.spec.image[1] < 100 else 4)
             shown = fixed_sample(make_images, conditions, shown, args.seed)
             pictures.append((caption, shown))
-        rows.append({**facts, **row, "labels": f"{args.prompts} in turn" if teacher.text else "each class in turn",
+        rows.append({**facts, **row, "labels": "the shapes benchmark" if "geneval" in row else
+                     f"{args.prompts or teacher.spec.prompts} in turn" if teacher.text else "each class in turn",
                      "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"})
     system = dict(dtype="bf16" if args.bf16 else "fp32",
                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -623,7 +918,8 @@ def main(args):
         with open(os.path.join(args.out, "results.jsonl"), "a") as f:
             f.writelines(json.dumps({**row, **system}) + "\n" for row in rows)
         if pictures:
-            sheet(pictures, os.path.join(args.out, "sheet.png"))
+            words = spread(prompts, len(pictures[0][1])) if prompts else None
+            sheet(pictures, os.path.join(args.out, "sheet.png"), words=words)
         print(table(rows))
         for row in rows:
             if "psnr" in row:

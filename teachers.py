@@ -70,8 +70,10 @@ class Spec:
     student: dict                 # how its one-step student starts and draws (Tab. 5): init_ratio, noise, temperature
     text: dict | None = None      # arguments of TextTower; None: conditions are class labels
     negative: str = ""            # the prompt of the unconditional branch
+    prompts: str = "assets/prompts.txt"   # what it is asked for, where nobody says
     rounds: bool = False          # pixels become uint8 by rounding, else by truncation, as its authors have it
     files: dict = field(default_factory=dict)
+    rewards: dict = field(default_factory=dict)   # a tiny world's own: {name: (file, ClipReward's config)}
     record: str = ""              # evaluations of the teacher that ship with it, JSON lines
     noise_scale: float | None = None  # unit of the embedding perturbation; None: the table's root mean square
 
@@ -977,19 +979,22 @@ class TextTower(nn.Module):
             from open_clip.transformer import QuickGELU, TextTransformer
         except ImportError:
             raise UserError("text teachers read prompts by open_clip: pip install open_clip_torch")
-        self.context, self.pads_with_bang = context, pads_with_bang
+        self.context, self.vocab, self.pads_with_bang = context, vocab, pads_with_bang
         self.tower = TextTransformer(context, vocab, width, heads, depth, output_dim=out,
                                      act_layer=QuickGELU if quick_gelu else nn.GELU)
 
     def tokenize(self, prompts):
-        """A list of prompts -> token ids (n, context): start, byte pairs, end, then zeros; long prompts are cut."""
-        bpe = byte_pairs()
+        """A list of prompts -> token ids (n, context): start, byte pairs, end, then zeros; long prompts are cut.
+
+        # choice: in a tiny world's smaller vocabulary the pairs are folded, and the last two entries are start and end.
+        """
+        bpe, V = byte_pairs(), self.vocab
         ids = torch.zeros(len(prompts), self.context, dtype=torch.int32)
         for row, prompt in zip(ids, prompts):
             body = []
             for i, piece in enumerate(prompt.split("!") if self.pads_with_bang else [prompt]):
                 body += [0] * (i > 0) + bpe.encode(piece)
-            body = [bpe.sot_token_id, *body[: self.context - 2], bpe.eot_token_id]
+            body = [V - 2, *(i % (V - 2) for i in body[: self.context - 2]), V - 1]
             row[: len(body)] = torch.tensor(body)
         return ids
 
@@ -1396,6 +1401,8 @@ MASKGEN_FILES = {"tokenizer": ("turkeyju/tokenizer_tatitok_bl128_vq", "model.saf
                  "text": ("timm/vit_large_patch14_clip_336.openai", "open_clip_model.safetensors")}
 TINY_VQ = dict(widths=(16, 32, 32), blocks=1, latent=8, embed=8, V=64, norm_groups=8)
 TINY_TEXT = dict(width=32, heads=2, depth=2, context=16)
+SHAPES_CLIP = dict(embed_dim=128, vision_cfg=dict(image_size=32, patch_size=4, width=96, layers=3, head_width=32),
+                   text_cfg=dict(context_length=16, vocab_size=341, width=64, heads=2, layers=3))
 
 SPECS = {spec.name: spec for spec in (
     Spec("maskbit", MaskBit, dict(classes=1000), BitTokenizer, {}, maskbit_plan,
@@ -1438,11 +1445,16 @@ SPECS = {spec.name: spec for spec in (
          VQTokenizer, dict(TINY_VQ, attention=(2,)), maskgit_plan, {4: dict(guidance=3.0, temperature=4.5)},
          image=(3, 32, 32), student=dict(init_ratio=0.6, noise=0.1, temperature=1.0), rounds=True, noise_scale=1.0),
     Spec("meissonic-tiny", Meissonic,
-         dict(V=64, table=72, grid=8, heads=4, head_width=16, joint=2, single=2, text_width=32, axes=(4, 6, 6)),
-         VQTokenizer, dict(TINY_VQ, attention=(), signed=False), meissonic_plan,
-         {4: dict(guidance=9.0, temperature=2.0)}, rounds=True, noise_scale=1.0,
+         dict(V=512, table=520, grid=8, heads=4, head_width=32, joint=2, single=3, text_width=64, axes=(8, 12, 12),
+              micro=(32, 32, 0, 0, 6.0)),
+         VQTokenizer, dict(widths=(32, 64, 64), blocks=1, latent=16, embed=16, V=512, norm_groups=8, attention=(),
+                           signed=False), meissonic_plan,
+         {16: dict(guidance=4.0, temperature=2.0)}, rounds=True, noise_scale=1.0,
          image=(3, 32, 32), student=dict(init_ratio=0.6, noise=0.3, temperature=1.0),
-         text=dict(TINY_TEXT, out=64, pads_with_bang=True), negative=QUALITY),
+         text=dict(width=64, heads=2, depth=3, out=128, vocab=341, context=16, pads_with_bang=True),
+         files={"net": (None, "assets/shapes/teacher.safetensors"), "text": (None, "assets/shapes/clip.safetensors"),
+                "tokenizer": (None, "assets/shapes/tokenizer.safetensors")},
+         prompts="assets/shapes/prompts.txt", rewards={"clip": ("assets/shapes/clip.safetensors", SHAPES_CLIP)}),
     Spec("maskgen-tiny", MaskGen, dict(V=64, L=16, width=64, depth=3, heads=4, text_width=32, micro=16, spare=11),
          TATiTok, dict(V=64, L=16, size=32, patch=8, embed=8, enc=(32, 2, 2), dec=(48, 2, 4), text=16, text_width=32),
          maskgen_plan, {4: dict(guidance=12.0, temperature=2.0)},

@@ -7,20 +7,24 @@ sizes and on weights that `seeded` makes from names and shapes alone: so two pro
 """
 
 import copy
+import csv
 import dataclasses
 import functools
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
 import types
+import unicodedata
 import weakref
 import zlib
 
@@ -37,10 +41,12 @@ from torch.utils._pytree import tree_leaves
 import dimo
 import evaluate as ev
 import gan
+import reward
 import soft_embed as se
 import teachers
 import train
-from data import fashion, imagenet
+import tteo
+from data import fashion, imagenet, prompts, shapes
 from data.tiny import mdm_loss, tokenizer_loss
 from teachers import HERE, SPECS, BitTokenizer, MaskBit, Spec, UserError, load_teacher
 
@@ -2287,6 +2293,815 @@ def test_heads_read_a_row_of_tokens_by_convolutions_in_one_dimension():
     assert gan.head_layers(24, 4) == (5, 11, 17, 23) and gan.head_layers(16, 6) == (1, 4, 7, 9, 12, 15)
 
 
+# =============================================================================== the rewards' published files
+def clip_reward_file(vision=1280, layers=32, patch=14, size=224, out=1024, text=(1024, 24), vocab=49408, context=77):
+    """A CLIP as open_clip writes it: ViT-H-14, under which name laion's and HPSv2's weights are published."""
+    shapes = {"visual.class_embedding": [vision], "visual.positional_embedding": [(size // patch) ** 2 + 1, vision],
+              "visual.proj": [vision, out]} | conv("visual.conv1", 3, vision, patch, False)
+    shapes |= norm("visual.ln_pre", vision) | norm("visual.ln_post", vision)
+    for i in range(layers):
+        shapes |= clip_block(f"visual.transformer.resblocks.{i}", vision)
+    return shapes | open_clip_file(*text, out, vocab, context)
+
+
+def pickscore_file(vision=1280, layers=32, patch=14, size=224, out=1024, text=(1024, 24), vocab=49408, context=77):
+    """The same as the transformers library writes it, less the position_ids."""
+    side, rename = clip_file(vision, layers, out, vocab, (size // patch) ** 2 + 1), {
+        "text_model.embeddings.position_": "vision_model.embeddings.position_", "text_model.enc": "vision_model.enc"}
+    shapes = clip_file(*text, out, vocab, context) | {"logit_scale": [], "visual_projection.weight": [out, vision],
+                                                      "vision_model.embeddings.class_embedding": [vision]}
+    for old, new in rename.items():
+        shapes |= {k.replace(old, new): v for k, v in side.items() if k.startswith(old)}
+    shapes |= conv("vision_model.embeddings.patch_embedding", 3, vision, patch, False)
+    return shapes | norm("vision_model.pre_layrnorm", vision) | norm("vision_model.post_layernorm", vision)
+
+
+def imagereward_file(vision=(1024, 24), size=224, patch=16, text=(768, 12), mlp=3072, vocab=30524, positions=512):
+    (D, depth), (d, layers), v, t = vision, text, "blip.visual_encoder", "blip.text_encoder"
+    shapes = {f"{v}.cls_token": [1, 1, D], f"{v}.pos_embed": [1, (size // patch) ** 2 + 1, D]}
+    shapes |= conv(f"{v}.patch_embed.proj", 3, D, patch) | norm(f"{v}.norm", D)
+    for block in (f"{v}.blocks.{i}" for i in range(depth)):
+        shapes |= norm(f"{block}.norm1", D) | norm(f"{block}.norm2", D)
+        shapes |= linear(f"{block}.attn.qkv", D, 3 * D) | linear(f"{block}.attn.proj", D, D)
+        shapes |= linear(f"{block}.mlp.fc1", D, 4 * D) | linear(f"{block}.mlp.fc2", 4 * D, D)
+    shapes |= {f"{t}.embeddings.word_embeddings.weight": [vocab, d], f"{t}.embeddings.position_ids": [1, positions],
+               f"{t}.embeddings.position_embeddings.weight": [positions, d]} | norm(f"{t}.embeddings.LayerNorm", d)
+    for layer in (f"{t}.encoder.layer.{i}" for i in range(layers)):
+        for part, source in (("attention", d), ("crossattention", D)):
+            shapes |= linear(f"{layer}.{part}.self.query", d, d) | linear(f"{layer}.{part}.self.key", source, d)
+            shapes |= linear(f"{layer}.{part}.self.value", source, d) | linear(f"{layer}.{part}.output.dense", d, d)
+            shapes |= norm(f"{layer}.{part}.output.LayerNorm", d)
+        shapes |= linear(f"{layer}.intermediate.dense", d, mlp) | linear(f"{layer}.output.dense", mlp, d)
+        shapes |= norm(f"{layer}.output.LayerNorm", d)
+    shapes |= linear("blip.vision_proj", D, 256) | linear("blip.text_proj", d, 256)
+    for i, (a, b) in zip((0, 2, 4, 6, 7), ((d, 1024), (1024, 128), (128, 64), (64, 16), (16, 1))):
+        shapes |= linear(f"mlp.layers.{i}", a, b)
+    return shapes
+
+
+# ==================================================================================== reward.py: golden numbers
+CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=56, layers=3, width=40, head_width=20, patch_size=14),
+            text_cfg=dict(context_length=16, vocab_size=64, width=48, heads=4, layers=3))
+CLIP_FILE = dict(vision=40, layers=3, size=56, out=32, text=(48, 3), vocab=64, context=16)
+BLIP = dict(size=56, patch=14, vision=(48, 3, 4), text=(32, 3, 4), mlp=128, vocab=70, positions=40)
+BLIP_FILE = dict(BLIP, vision=(48, 3), text=(32, 3))
+CLIP_IDS = torch.tensor([[62, 5, 9, 17, 33, 63, *[0] * 10], [62, 40, 7, 63, *[0] * 12]])
+BLIP_IDS = torch.tensor([[2, 11, 23, 5, 41, 60, 3, *[0] * 5], [2, 33, 9, 3, *[0] * 8]])
+
+
+def reward_file(name):
+    return {"imagereward": imagereward_file(**BLIP_FILE), "pickscore": pickscore_file(**CLIP_FILE)}.get(
+        name, clip_reward_file(**CLIP_FILE))
+
+
+def new_reward(name):
+    """An empty small reward, made as load_rewards makes them: without initial values."""
+    with torch.device("meta"):
+        model = reward.ImageReward(**BLIP) if name == "imagereward" else reward.ClipReward(CLIP, name)
+    return model.to_empty(device="cpu")
+
+
+@functools.cache
+def small_reward(name):
+    """A small frozen reward on seeded weights, which come through the published names."""
+    return teachers.load_state(new_reward(name), seeded(reward_file(name)), name).eval().requires_grad_(False)
+
+
+def ids_of(name):
+    return BLIP_IDS if name == "imagereward" else CLIP_IDS
+
+
+@pytest.mark.parametrize("name, image, image_sum, text, text_sum", [
+    ("clip", [-0.21972844, -0.89318186, -1.3126886, -0.3063544, -1.1361356, -0.71204489], 52.8878,
+     [1.953198, 2.3370972, -0.82737952, -0.48016497, 0.43021369, 1.5099404], 65.974692),
+    ("pickscore", [-0.65420979, 1.1045085, -0.65057993, -2.8145766, -0.88793361, 0.27163789], 55.672854,
+     [-0.10486971, -1.9256587, 0.42523232, -1.2880697, -0.99182034, -1.3936963], 60.077098)])
+def test_towers_of_clip_give_the_golden_features_from_either_librarys_file(name, image, image_sum, text, text_sum):
+    model, x = small_reward(name), normal(100, 2, 3, 56, 56)
+    f, g = model.image_features(x), model.text_features(CLIP_IDS)
+    agrees(model.clip.encode_image(x), image, image_sum)
+    agrees(model.clip.encode_text(CLIP_IDS), text, text_sum)
+    assert close(f.norm(dim=-1), torch.ones(2)) and close(g, F.normalize(model.clip.encode_text(CLIP_IDS), dim=-1))
+
+
+@pytest.mark.parametrize("name, first, second, crossed", [
+    ("hps", 0.033681177, -0.13000922, (-0.16778989, 0.038214296)),
+    ("clip", 0.033681177 * 1.0999289, -0.13000922 * 1.0999289, (-0.16778989 * 1.0999289, 0.038214296 * 1.0999289)),
+    ("pickscore", 0.037653606, 0.23647058, (0.27435723, -0.0013552046))])
+def test_scores_of_the_clips_are_the_golden_ones_of_the_pairs(name, first, second, crossed):
+    model, x = small_reward(name), normal(100, 2, 3, 56, 56)
+    agrees(model(x, CLIP_IDS), [first, second], tol=1e-6)               # image i with prompt i, and no other pair
+    agrees(model(x, CLIP_IDS.flip(0)), crossed, tol=1e-6)
+    agrees(model(x[1:], CLIP_IDS[1:]), [second], tol=1e-6)
+
+
+def test_imagereward_gives_the_golden_states_and_rewards():
+    model, x = small_reward("imagereward"), normal(200, 2, 3, 56, 56)
+    image = model.see(x)
+    agrees(image, [-0.5971055, 0.20513274, 1.7414109, -0.45013115, -0.10107156, 1.2976359], 1316.3491)
+    text = model.read(BLIP_IDS, image)
+    agrees(text, [1.1846226, 0.66946173, -1.9006683, 0.63922787, -0.28535184, -1.1390226], 623.1195)
+    agrees(model.head(text[:, 0]), [-2.0334203, -1.6663176])
+    agrees(model(x, BLIP_IDS), [-2.1295943, -1.7743357])
+
+
+def test_padding_is_not_read():
+    model, x = small_reward("imagereward"), normal(200, 2, 3, 56, 56)
+    assert close(model(x, BLIP_IDS), model(x, F.pad(BLIP_IDS, (0, 9))))
+    assert close(model(x[1:], BLIP_IDS[1:, :4]), model(x, BLIP_IDS)[1:])
+    unpadded = torch.where(BLIP_IDS == 0, 9, BLIP_IDS)                  # other words in its place do matter
+    assert (model(x, unpadded) - model(x, BLIP_IDS)).abs().min() > 0.01
+
+
+def test_renos_total_and_its_gradient_at_the_pixels_are_the_golden_ones():
+    img = uniform(400, 1, 3, 80, 72).float().requires_grad_()
+    pixels = reward.preprocess(img, 56)
+    scores = {name: small_reward(name)(pixels, ids_of(name)[:1]) for name in reward.RENO}
+    for name, loss in {"hps": 0.95804465, "clip": 99.95385, "pickscore": 29.914022, "imagereward": 4.3909478}.items():
+        assert abs(reward.REWARDS[name].offset - scores[name].item() - loss) < 1e-5
+    total = reward.reno_loss(scores)
+    g = torch.autograd.grad(total.sum(), img)[0]
+    assert abs(total.item() - 11.676411) < 1e-5
+    assert (g[:, :, :2] == 0).all() and abs(g.abs().sum() / 228.1995 - 1) < 1e-5
+    assert abs(g.mean() + 0.00045628383) < 1e-8 and abs(g.std(correction=0) - 0.017959689) < 1e-7
+    assert close(reward.reno_loss(scores), 5 + 2 + 1 + 1.5 - reward.weighted(scores, reward.RENO))
+
+
+# ==================================================================================== reward.py: preprocessing
+def test_preprocessing_is_the_golden_one():
+    img = uniform(300, 2, 3, 80, 72).float()
+    x = reward.preprocess(img, 56)
+    agrees(x, [0.44861475, -1.2568077, -0.99515504, -0.45824152, 1.1641777, 1.4389834], 11104.956)
+    assert x.shape == (2, 3, 56, 56) and abs(x.mean() - 0.19588417) < 1e-6
+    y = reward.preprocess_longest(img[:1], 56)                          # HPSv2's own: before normalisation
+    black = reward.normalise(torch.zeros(1, 3, 56, 56))
+    plain = (y - black) / (reward.normalise(torch.ones(1, 3, 56, 56)) - black)
+    agrees(plain, [0.0, 0.0, 0.0, 0.4495967, 0.29344335, 0.38462675, 0.51855481], tol=1e-6)
+    assert abs(plain.abs().sum() / 4215.5192 - 1) < 1e-6
+    agrees(plain[0, 0, 28], [0.0, 0.0, 0.0, 0.26428786, 0.34196347, 0.43008566], tol=1e-6)
+    agrees(reward.preprocess_longest((img[:1] * 255).byte().float() / 255, 56),
+           [-1.7922626, -1.7922626, -1.7922626, -0.12263338, -0.70447391, -0.3652218], 6131.3823)
+
+
+@pytest.mark.parametrize("H, W, h, w, top, left", [
+    (64, 64, 56, 56, 0, 0), (80, 72, 62, 56, 3, 0), (72, 80, 56, 62, 0, 3), (63, 40, 88, 56, 16, 0),
+    (41, 40, 57, 56, 0, 0), (40, 42, 56, 58, 0, 1), (56, 59, 56, 59, 0, 2), (30, 40, 56, 74, 0, 9),
+    (56, 56, 56, 56, 0, 0), (56, 61, 56, 61, 0, 2), (56, 63, 56, 63, 0, 4)])
+def test_sizes_are_truncated_and_crops_start_at_the_rounded_half(H, W, h, w, top, left):
+    img = uniform(1, 1, 3, H, W)
+    big = F.interpolate(img, (h, w), mode="bicubic", antialias=True)
+    assert close(reward.preprocess(img, 56), reward.normalise(big[:, :, top : top + 56, left : left + 56]))
+
+
+@pytest.mark.parametrize("H, W, h, w, top, left", [
+    (80, 72, 56, 50, 0, 3), (40, 63, 36, 56, 10, 0), (56, 31, 56, 31, 0, 12), (80, 71, 56, 50, 0, 3),
+    (64, 64, 56, 56, 0, 0), (20, 32, 35, 56, 10, 0)])
+def test_the_longer_side_may_be_fitted_instead_and_the_rest_is_black(H, W, h, w, top, left):
+    img = uniform(2, 1, 3, H, W)
+    black = torch.zeros(1, 3, 56, 56).double()
+    black[:, :, top : top + h, left : left + w] = F.interpolate(img, (h, w), mode="bicubic", antialias=True)
+    assert close(reward.preprocess_longest(img, 56), reward.normalise(black))
+
+
+def test_grey_images_count_as_three_equal_channels_and_half_precision_is_resized_in_float32():
+    img = uniform(3, 2, 1, 32, 28).float()
+    assert torch.equal(reward.preprocess(img, 56), reward.preprocess(img.expand(-1, 3, -1, -1), 56))
+    half = reward.preprocess(img.bfloat16(), 56)
+    assert half.dtype == torch.float32 and torch.equal(half, reward.preprocess(img.bfloat16().float(), 56))
+
+
+# ====================================================================================== reward.py: gradients
+@pytest.mark.parametrize("name", reward.REWARDS)
+def test_gradient_of_every_reward_at_the_pixels_is_its_finite_difference(name):
+    model, ids = copy.deepcopy(small_reward(name)).double(), ids_of(name)
+    img, direction = uniform(4, 2, 3, 61, 58).requires_grad_(), normal(5, 2, 3, 61, 58).double()
+    f = lambda x: model(reward.preprocess(x, 56), ids)
+    score = f(img)
+    g = torch.autograd.grad(score[0], img)[0]
+    step = 1e-5
+    slope = (f(img + step * direction) - f(img - step * direction)).detach() / (2 * step)
+    assert score.dtype == torch.float64 and abs((g * direction).sum() - slope[0]) < 1e-7 * max(1, abs(slope[0]))
+    assert (g[1] == 0).all() and g[0].abs().sum() > 0                   # the second image is another pair's
+    assert all(p.grad is None for p in model.parameters())
+
+
+def rewards_of(*names, **kw):
+    """load_rewards at small sizes with random weights, CLIP's full vocabulary folded into 64 entries."""
+    configs = {n: dict(BLIP, vocab=200) if n == "imagereward" else CLIP for n in names}
+    return reward.load_rewards(list(names), random_weights=True, configs=configs, **kw)
+
+
+ASKED = ["a cat", "two dogs on a red boat", "rain", "an apple!", "blue"]
+
+
+def eq9_inputs(name, B=3):
+    """A tiny teacher's tokenizer and condition, logits, prompts, and SEED's two rewards."""
+    teacher, x, _, cond = tiny_inputs(name)
+    E, _ = teacher.tokenizer.tables()
+    torch.manual_seed(0)
+    z = 3 * torch.randn(B, x.shape[1], len(E), E.shape[1] - 1)
+    return z, teacher.tokenizer, tuple(c[torch.arange(B) % 2] for c in cond), ASKED[:B]
+
+
+@pytest.mark.parametrize("name", ["maskbit-tiny", "maskgit-tiny", "maskgen-tiny"])
+def test_reward_gradient_is_autograd_of_equation_9_and_reaches_the_student_alone(name):
+    (z, tokenizer, cond, prompts), rewards = eq9_inputs(name), rewards_of("imagereward", "clip")
+    z.requires_grad_()
+    g, means = reward.reward_grad(z, tokenizer, cond, rewards, prompts, reward.SEED, tau=1.5)
+    E, bias = tokenizer.tables()                                        # by hand, all images at once
+    p = (z / 1.5).softmax(-1)
+    img = tokenizer.decode(sum(p[:, :, k] @ E[k, :-1] for k in range(len(E))) + bias, cond).clamp(0, 1)
+    scores = rewards(img, prompts)
+    loss = -(1.0 * scores["imagereward"] + 0.2 * scores["clip"]).mean()
+    expected = torch.autograd.grad(loss, z)[0]
+    assert (g - expected).abs().max() < 1e-5 * expected.abs().max() and expected.abs().max() > 0
+    assert means.keys() == scores.keys() and all(abs(means[k] - s.mean()) < 1e-5 for k, s in scores.items())
+    assert z.grad is None and not g.requires_grad and not means["clip"].requires_grad
+    assert all(p.grad is None and not p.requires_grad for m in (tokenizer, rewards) for p in m.parameters())
+
+
+def test_chunks_change_nothing_but_the_memory():
+    (z, tokenizer, cond, prompts), rewards = eq9_inputs("maskgen-tiny", B=5), rewards_of("imagereward", "clip")
+    seen = []
+    rewards.register_forward_pre_hook(lambda module, args: seen.append((len(args[0]), args[1])))
+    g, means = reward.reward_grad(z, tokenizer, cond, rewards, prompts, reward.SEED, chunk=5)
+    for chunk, sizes in ((1, [1] * 5), (2, [2, 2, 1]), (8, [5])):
+        seen.clear()
+        g_c, means_c = reward.reward_grad(z, tokenizer, cond, rewards, prompts, reward.SEED, chunk=chunk)
+        assert [n for n, _ in seen] == sizes and sum([p for _, p in seen], []) == prompts
+        assert (g_c - g).abs().max() < 1e-5 * g.abs().max()
+        assert all(abs(means_c[k] - v) < 1e-5 for k, v in means.items())
+
+
+def test_only_one_chunks_graph_is_alive_at_a_time():
+    (z, tokenizer, cond, prompts), rewards, alive = eq9_inputs("maskgen-tiny", B=4), rewards_of("clip"), []
+
+    def look(module, args):
+        assert not any(earlier() is not None for earlier in alive), "an earlier chunk's image is still in memory"
+        alive.append(weakref.ref(args[0]))
+
+    rewards.register_forward_pre_hook(look)
+    reward.reward_grad(z, tokenizer, cond, rewards, prompts, {"clip": 1.0})
+    assert len(alive) == 4
+
+
+def test_climbing_the_gradient_raises_the_reward():
+    (z, tokenizer, cond, prompts), rewards = eq9_inputs("maskbit-tiny"), rewards_of("hps")
+    means = []
+    for _ in range(15):
+        g, mean = reward.reward_grad(z, tokenizer, cond, rewards, prompts, {"hps": 1.0}, chunk=3)
+        z, _ = z - 0.5 * g / g.abs().max(), means.append(mean["hps"].item())
+    assert all(b > a for a, b in zip(means[:8], means[1:])) and means[-1] > means[0] + 0.05
+
+
+def test_checkpointing_changes_neither_scores_nor_gradients():
+    plain, saving = (rewards_of("clip", "imagereward", checkpointing=on) for on in (False, True))
+    img = uniform(6, 2, 3, 40, 40).float().requires_grad_()
+    results, passes = [], {False: 0, True: 0}
+    for rewards in (plain, saving):
+        def count(module, args, on=rewards.checkpointing):
+            passes[on] += 1
+
+        rewards.models["clip"].clip.visual.register_forward_pre_hook(count)
+        scores = rewards(img, ASKED[:2])
+        results.append((scores, torch.autograd.grad(reward.weighted(scores, reward.SEED).sum(), img)[0]))
+    (a, g), (b, h) = results
+    assert all(torch.equal(a[k], b[k]) for k in a) and close(g, h) and passes == {False: 1, True: 2}
+
+
+# ======================================================================================== reward.py: loading
+@pytest.mark.parametrize("name, file, count, digest, parameters", [
+    ("clip", clip_reward_file, 686, "2d21a943bdca7a5569e9ad67870e7f0e5fc6deb5d023c6c177a279cc47148c4e", 986_109_441),
+    ("hps", clip_reward_file, 686, "2d21a943bdca7a5569e9ad67870e7f0e5fc6deb5d023c6c177a279cc47148c4e", 986_109_441),
+    ("pickscore", pickscore_file, 912, "3e7dfbae763da2a86242ae85086d490c3eded4729854ab00fe76ba105f7c615a", 986_109_441),
+    ("imagereward", imagereward_file, 625, "b483298b77da9ee322e5b54d925cbce2019d169d5b4c4b48789138fa629baa7c",
+     446_665_953)])
+def test_published_rewards_have_exactly_the_published_tensors(name, file, count, digest, parameters):
+    shapes = file()
+    if name == "pickscore":
+        shapes |= {"text_model.embeddings.position_ids": [1, 77], "vision_model.embeddings.position_ids": [1, 257]}
+    assert len(shapes) == count and fingerprint(shapes) == digest       # the files' true key list
+    with torch.device("meta"):
+        model = reward.ImageReward() if name == "imagereward" else reward.ClipReward(kind=name)
+        state, complaints = teachers.published_state({k: torch.empty(s) for k, s in shapes.items()}, model)
+    shape = lambda tensors: {k: v.shape for k, v in tensors.items()}
+    assert not complaints and shape(state) == shape(model.state_dict())
+    unused = sum(math.prod(s) for k, s in shapes.items() if k.startswith(("blip.vision_proj", "blip.text_proj")))
+    assert sum(p.numel() for p in model.parameters()) + unused == parameters
+
+
+def test_no_file_says_the_numbers_of_heads():
+    with torch.device("meta"):
+        clip, judge = reward.ClipReward().clip, reward.ImageReward()
+    assert {b.attn.num_heads for b in (*clip.visual.transformer.resblocks, *clip.transformer.resblocks)} == {16}
+    assert {b.attn.heads for b in judge.blocks} == {16}
+    assert {r.heads for b in judge.layers for r in (b.attn, b.cross)} == {12}
+    activations = {type(m) for model in (clip, judge) for m in model.modules() if "GELU" in type(m).__name__}
+    assert activations == {nn.GELU} and {m.approximate for m in clip.modules() if isinstance(m, nn.GELU)} == {"none"}
+    eps = lambda model: {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}
+    assert eps(clip) == {1e-5} and eps(judge.blocks) == {judge.norm.eps} == {1e-6} and eps(judge.layers) == {1e-12}
+
+
+def test_packed_rows_of_a_tower_are_the_files_q_k_and_v_and_projections_are_turned():
+    file, state = seeded(reward_file("pickscore")), small_reward("pickscore").state_dict()
+    name = "encoder.layers.2.self_attn"
+    for side, block in (("text_model", "clip.transformer.resblocks.2.attn"),
+                        ("vision_model", "clip.visual.transformer.resblocks.2.attn")):
+        for end in ("weight", "bias"):
+            rows = torch.cat([file[f"{side}.{name}.{part}_proj.{end}"] for part in "qkv"])
+            assert torch.equal(state[f"{block}.in_proj_{end}"], rows)
+    assert torch.equal(state["clip.visual.proj"], file["visual_projection.weight"].T)
+    assert torch.equal(state["clip.text_projection"], file["text_projection.weight"].T)
+
+
+@pytest.mark.parametrize("name", reward.REWARDS)
+def test_rewards_load_from_half_precision_wrapped_and_own_files_with_what_else_they_hold(name, tmp_path):
+    expected, file = small_reward(name).state_dict(), seeded(reward_file(name))
+    ids = {"imagereward": {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]},
+           "pickscore": {"text_model.embeddings.position_ids": torch.arange(16)[None],
+                         "vision_model.embeddings.position_ids": torch.arange(17)[None]}}.get(name, {})
+    half = {k: v.half() for k, v in file.items()}
+    for i, variant in enumerate((file | ids, expected, {"state_dict": file, "epoch": 3}, {"state_dict": half})):
+        torch.save(variant, tmp_path / f"{i}.pt")
+        model = teachers.load_state(new_reward(name), teachers.read_weights(str(tmp_path / f"{i}.pt")), "variant")
+        for k, v in model.state_dict().items():
+            assert v.dtype == torch.float32 and torch.equal(v, expected[k].half().float() if i == 3 else expected[k])
+
+
+@pytest.mark.parametrize("name", reward.REWARDS)
+def test_every_file_but_the_right_one_is_refused_by_a_reward(name):
+    file, model = seeded(reward_file(name)), small_reward(name)
+    assert "missing" in refusal(model, {k: v for k, v in file.items() if "fc" not in k and "dense" not in k})
+    assert "unexpected" in refusal(model, file | {"visual.extra": torch.zeros(1)})
+    key = next(k for k, v in file.items() if k.endswith(("ln_1.bias", "layer_norm1.bias", "norm1.bias")))
+    assert "of another shape" in refusal(model, file | {key: torch.zeros(7)})
+    other = "clip" if name == "imagereward" else "imagereward"
+    message = refusal(model, seeded(reward_file(other)), "wrong.pt")
+    assert message.startswith(f"wrong.pt does not fit {type(model).__name__}") and len(message) < 900
+
+
+def test_load_rewards_reads_the_given_files_and_freezes(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "HERE", str(tmp_path))                # relative paths may be the repository's
+    for name in reward.RENO:
+        torch.save(seeded(reward_file(name)), tmp_path / f"{name}.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(64))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    paths = {name: str(tmp_path / f"{name}.pt") for name in reward.RENO} | {"clip": "clip.pt"}
+    configs = {name: BLIP if name == "imagereward" else CLIP for name in reward.RENO}
+    rewards = reward.load_rewards(list(reward.RENO), paths, vocab=str(tmp_path / "vocab.txt"), configs=configs)
+    img, prompts = uniform(7, 2, 3, 80, 72).float(), ["w3 w60", "w1"]
+    scores = rewards(img, prompts)
+    pixels = reward.preprocess(img, 56)
+    for name, model in rewards.models.items():
+        assert close(scores[name], small_reward(name)(pixels, model.tokenize(prompts)))
+        assert scores[name].shape == (2,) and scores[name].dtype == torch.float32
+    assert not rewards.training and not any(p.requires_grad for p in rewards.parameters())
+    assert rewards.models["imagereward"].tokenize(prompts)[:, :5].tolist() == [[2, 7, 64, 3, 0], [2, 5, 3, 0, 0]]
+
+
+def test_the_scale_of_the_clip_score_is_an_option():
+    img = uniform(8, 2, 3, 56, 56).float()
+    (s, p), (cosine, q) = (rewards_of("clip", "pickscore", clip_scaled=on)(img, ASKED[:2]).values()
+                           for on in (True, False))
+    scale = rewards_of("clip").models["clip"].clip.logit_scale.exp()
+    assert close(s, scale * cosine) and torch.equal(p, q) and abs(scale - 1 / 0.07) < 1e-4
+
+
+def test_bf16_rewards_are_close_and_keep_their_norms_in_float32():
+    torch.manual_seed(0)
+    for name in reward.REWARDS:
+        full, half = rewards_of(name), rewards_of(name, dtype=torch.bfloat16)
+        img = uniform(9, 4, 3, 60, 60).float().requires_grad_()
+        a, b = full(img, ASKED[:4])[name], half(img, ASKED[:4])[name]
+        g, h = (torch.autograd.grad(s.sum(), img)[0] for s in (a, b))
+        unit = 1 / 0.07 if name in ("clip", "pickscore") else 1.0
+        assert b.dtype == torch.float32 and (a - b).abs().max() < 0.01 * unit
+        assert F.cosine_similarity(g.flatten(), h.flatten(), dim=0) > 0.99
+        kinds = lambda *types: {p.dtype for m in half.modules() if isinstance(m, types) for p in m.parameters()}
+        assert kinds(nn.LayerNorm) == {torch.float32} and kinds(nn.Conv2d, nn.MultiheadAttention) == {torch.bfloat16}
+        bits = [sum(p.nbytes for k, p in r.named_parameters() if "head" not in k) for r in (full, half)]
+        assert bits[1] < 0.56 * bits[0]
+
+
+def test_rewards_run_in_their_own_precision_whatever_the_callers():
+    rewards, img = rewards_of("clip", "imagereward"), uniform(10, 2, 3, 56, 56).float()
+    plain = rewards(img, ASKED[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = rewards(img, ASKED[:2])
+    assert all(torch.equal(plain[k], inside[k]) for k in plain)
+
+
+def test_random_rewards_are_always_the_same_and_leave_the_random_stream_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a = rewards_of("clip", "imagereward")
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(v, w) for v, w in zip(a.parameters(), rewards_of("clip", "imagereward").parameters()))
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(names=["clop"]), "unknown reward 'clop': expected some of clip, hps, pickscore, imagereward"),
+    (dict(paths={"hsp": "x"}), "unknown reward 'hsp'"), (dict(names=[]), "expected names of rewards"),
+    (dict(dtype=torch.float16), "in float32 or bfloat16"),
+    (dict(paths={"clip": "/nowhere/x.pt"}), "no weights at /nowhere/x.pt"),
+    (dict(names=["imagereward"], vocab="/nowhere/v.txt"), "cannot read /nowhere/v.txt as a vocabulary")])
+def test_rewards_that_cannot_be_loaded_are_refused_with_a_sentence(change, words):
+    with pytest.raises(UserError, match=words):
+        reward.load_rewards(**{"names": ["clip"], "configs": {"clip": CLIP}, **change})
+
+
+def test_vocabularies_that_do_not_fit_are_refused_with_a_sentence(tmp_path):
+    path = tmp_path / "vocab.txt"
+    for text, words in (("a\nb", "is not BERT's vocabulary"), ("[CLS]\n[PAD]\n[UNK]\n[SEP]", "expected .PAD. first"),
+                        ("[PAD]\n[UNK]\n[CLS]\n[SEP]\na", "has 5 pieces, expected 68")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            reward.load_rewards(["imagereward"], vocab=str(path), random_weights=True, configs={"imagereward": BLIP})
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match="UnicodeDecodeError"):
+        reward.WordPiece(str(path))
+
+
+def test_missing_packages_and_missing_network_are_named(monkeypatch):
+    def no_network(repo, name, **_):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=no_network))
+    for name, (repo, file, _) in reward.REWARDS.items():
+        with pytest.raises(UserError) as err:
+            reward.load_rewards([name], vocab=None, configs={} if name == "imagereward" else {name: CLIP})
+        repo, file = reward.VOCAB if name == "imagereward" else (repo, file)
+        flag = "--bert_vocab" if name == "imagereward" else f"--{name}_weights"
+        assert all(w in str(err.value) for w in (repo, file, flag, "ConnectionError"))
+    monkeypatch.setitem(sys.modules, "open_clip.model", None)
+    with pytest.raises(UserError, match="pip install open_clip_torch"):
+        reward.ClipReward(CLIP)
+
+
+# ======================================================================================== reward.py: prompts
+@pytest.mark.parametrize("img, prompts, words", [
+    (torch.rand(2, 3, 8, 8), "a cat", "expected a list of 2 prompts, one string an image, got str"),
+    (torch.rand(2, 3, 8, 8), ["a cat"], "got 1"), (torch.rand(1, 3, 8, 8), ["a", "b"], "got 2"),
+    (torch.rand(2, 3, 8, 8), ["a", None], "expected a list of 2"),
+    (torch.rand(1, 4, 8, 8), ["a"], r"got \(1, 4, 8, 8\)"),
+    (torch.rand(3, 8, 8), ["a"], r"got \(3, 8, 8\)"), ((torch.rand(1, 3, 8, 8) * 255).byte(), ["a"], "torch.uint8"),
+    (torch.rand(1, 3, 8, 8) * 255, ["a"], r"pixels in \[0, 1\], got"),
+    (torch.rand(1, 3, 8, 8) * 2 - 1, ["a"], r"pixels in")])
+def test_what_cannot_be_scored_is_refused_with_a_sentence(img, prompts, words):
+    with pytest.raises(UserError, match=words):
+        rewards_of("clip")(img, prompts)
+
+
+def test_eq9_refuses_the_wrong_number_of_prompts_and_weights_without_a_reward():
+    z, tokenizer, cond, prompts = eq9_inputs("maskbit-tiny")
+    with pytest.raises(UserError, match="expected a list of 3 prompts"):
+        reward.reward_grad(z, tokenizer, cond, rewards_of("hps"), prompts + ["more"], {"hps": 1.0})
+    with pytest.raises(UserError, match="no reward 'imagereward' among those loaded: hps"):
+        reward.reward_grad(z, tokenizer, cond, rewards_of("hps"), prompts, reward.SEED)
+
+
+ODD = ["", " \n\t ", "x" * 10_000, "word " * 2_000, "\U0001F600\U0001F1FA\U0001F1F8\u200d", "!?.,;:-()[]{}'\"",
+       "\u5c71 \u0301 caf\u00e9"]
+
+
+def test_odd_prompts_are_scored_and_no_sequence_is_too_long():
+    rewards = rewards_of("clip", "imagereward")
+    scores = rewards(torch.rand(len(ODD), 3, 8, 8), ODD)
+    assert all(torch.isfinite(s).all() and s.shape == (len(ODD),) for s in scores.values())
+    ids = rewards.models["clip"].tokenize(ODD)
+    assert ids.shape == (len(ODD), 16) and ((ids == 63).sum(1) == 1).all() and (ids[:, 0] == 62).all()
+    assert ids[0].tolist() == ids[1].tolist() == [62, 63] + [0] * 14 and ids[2, -1] == 63
+    ids = rewards.models["imagereward"].tokenize(ODD)
+    assert ids.shape == (len(ODD), 35) and ids[0, :3].tolist() == [2, 3, 0] and ids[3, -1] == 3
+
+
+def test_prompts_become_the_golden_tokens_of_every_reward(tmp_path):
+    clip = reward.ClipReward(dict(CLIP, text_cfg=dict(CLIP["text_cfg"], context_length=77, vocab_size=49408)))
+    known = """
+        101 [CLS] 102 [SEP] 0 [PAD] 100 [UNK] 1037 a 6302 photo 1997 of 6379 purple 4511 wine 3221 glass
+        1998 and 2304 black 6207 apple 2417 red 3899 dog 1010 , 1016 2 8870 cats 1004 & 7668 cafe 1011 -
+        2009 it 1005 ' 1055 s 24057 raining 999 ! 2019 an 5186 extremely 6851 detailed 4717 matt 2063 ##e
+        4169 painting 3418 ancient 26433 overgrown 16941 cyber 14289 ##pu 8950 ##nk 5040 cathedral 2007 with
+        16231 neon 9702 stained 3872 volume 12412 ##tric 2422 light 17796 intricate 9874 trend 2075 ##ing
+        2006 on 2840 arts 12516 ##tation 1022 8 2243 ##k
+    """.split()
+    lines = [f"[unused{i}]" for i in range(30522)]
+    for i, piece in zip(known[::2], known[1::2]):
+        lines[int(i)] = piece
+    (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n")
+    bert = reward.WordPiece(str(tmp_path / "vocab.txt"))
+    for prompt, bert_ids, clip_ids in (
+        ("a photo of a purple wine glass and a black apple",
+         [101, 1037, 6302, 1997, 1037, 6379, 4511, 3221, 1998, 1037, 2304, 6207, 102],
+         [49406, 320, 1125, 539, 320, 5496, 2604, 3313, 537, 320, 1449, 3055, 49407]),
+        ("A red dog, 2 cats & a caf\u00e9 -- it's RAINING!",
+         [101, 1037, 2417, 3899, 1010, 1016, 8870, 1004, 1037, 7668, 1011, 1011, 2009, 1005, 1055, 24057, 999, 102],
+         [49406, 320, 736, 1929, 267, 273, 3989, 261, 320, 15304, 2432, 585, 568, 13964, 256, 49407]),
+        ("An extremely detailed matte painting of an ancient overgrown cyberpunk cathedral with neon stained glass, "
+         "volumetric light, intricate, trending on artstation, 8k, by greg rutkowski and alphonse mucha, in the style "
+         "of studio ghibli",
+         [101, 2019, 5186, 6851, 4717, 2063, 4169, 1997, 2019, 3418, 26433, 16941, 14289, 8950, 5040, 2007, 16231,
+          9702, 3221, 1010, 3872, 12412, 2422, 1010, 17796, 1010, 9874, 2075, 2006, 2840, 12516, 1010,
+          1022, 2243, 102],
+         [49406, 550, 6519, 12609, 19771, 3086, 539, 550, 5810, 1658, 7120, 36896, 7865, 593, 13919, 13751, 3313,
+          267, 3563, 19950, 1395, 267, 29616, 267, 6087, 525, 1486, 2631, 267, 279, 330, 267, 638, 7943,
+          14973, 17649, 537, 37865, 611, 42191, 267, 530, 518, 1844, 539, 3155, 40555, 49407])):
+        assert bert(prompt) == bert_ids + [0] * (35 - len(bert_ids))
+        assert clip.tokenize([prompt])[0].tolist() == clip_ids + [0] * (77 - len(clip_ids))
+
+
+def test_wordpiece_takes_the_longest_piece_and_gives_up_whole_words(tmp_path):
+    pieces = "[PAD] [UNK] [CLS] [SEP] un ##aff ##able ##a ##b a aa aff \u5c71 ! ' \u03c3 i ##i $ e".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    bert = reward.WordPiece(str(tmp_path / "vocab.txt"))
+    said = lambda text: [pieces[i] for i in bert(text) if i > 3 or i == 1]
+    assert said("unaffable") == ["un", "##aff", "##able"] and said("aaa") == ["aa", "##a"]
+    assert said("unaffx un") == ["[UNK]", "un"] and said("a" * 101) == ["[UNK]"]
+    assert said("a" * 100) == ["aa"] + ["##a"] * 32                 # cut to 35 with start and end
+    assert said("UN\u0301AFFABLE!a\u5c71a") == ["un", "##aff", "##able", "!", "a", "\u5c71", "a"]
+    assert said("a\x00\u200da\tun\u00a0un\ufffd") == ["aa", "un", "un"]      # controls go, any space separates
+    assert said("\u0130") == ["i"] and said("$e\u0301'") == ["$", "e", "'"]      # \u0130 is a dotted capital I
+    assert bert("", 4) == [2, 3, 0, 0] and bert("un un un un", 4) == [2, 4, 4, 3]
+
+
+# ================================================================================================= tteo.py
+# ReNO's own loop, run on two losses of a linear-sigmoid generator, five times: settings of `optimise`, the weighted
+# loss and the norm of the variable at every generation, the index of the best, first entries of the last variable.
+RENO_RUNS = {
+    "its defaults": (dict(iterations=8, lr=5.0, clip=0.1, regularise=0.01),
+        [3.45747113, 3.16622734, 2.8104279, 2.50045347, 2.37743664, 2.41202855, 2.42957163, 2.41393423],
+        [5.40261364, 4.78872108, 4.09782362, 3.71388507, 4.12794256, 4.82698536, 5.19040442, 5.22804499], 4,
+        [-1.00446677, 1.28331852, -0.311138779, -0.684122801, 0.200449735, -1.46944427, 0.0507860035, -1.65121281]),
+    "the paper's": (dict(iterations=4, lr=0.2),
+        [3.45747113, 3.41872311, 3.36441422, 3.29718637], [5.40261364, 5.31785297, 5.19934893, 5.05322742], 3,
+        [0.000586079143, -0.36716339, -1.22242379, -0.52241379, 0.482113838, -0.371284783, -0.183770269, -0.519194365]),
+    "regularised": (dict(iterations=4, lr=0.2, regularise=0.01),
+        [3.45747113, 3.41900992, 3.36525202, 3.29893541], [5.40261364, 5.31912708, 5.20309734, 5.06114149], 3,
+        [0.00063741405, -0.367852747, -1.22430158, -0.52319628, 0.4828628, -0.371749878, -0.184104532, -0.519938171]),
+    "plain momentum": (dict(iterations=4, lr=0.2, nesterov=False),
+        [3.45747113, 3.43703437, 3.39856315, 3.34455991], [5.40261364, 5.35782576, 5.27378559, 5.15639925], 3,
+        [0.0138891432, -0.40656656, -1.23729861, -0.521114767, 0.490625083, -0.346714646, -0.199974805, -0.512826264]),
+    "overshooting": (dict(iterations=6, lr=200.0),
+        [3.45747113, 5.75727272, 5.73713017, 5.73413324, 5.72744465, 5.67194653],
+        [5.40261364, 117.876198, 170.306625, 217.164215, 259.369598, 297.425873], 0,
+        [-22.0539742, 72.563591, 33.0910759, -3.09352708, 1.55658948, -49.0561523, 20.1533775, -23.3849716]),
+}
+
+
+def toy_generator(seen):
+    """ReNO's toy problem: its start, image_of (which notes each variable it is given in `seen`), loss_of."""
+    W, T, Q = normal(700, 32, 192) / 32**0.5, normal(800, 1, 3, 8, 8).sigmoid(), normal(900, 1, 3, 8, 8)
+
+    def image_of(e):
+        seen.append(e.detach().clone())
+        return (e.flatten(1) @ W).sigmoid().view(-1, 3, 8, 8)
+
+    def loss_of(img):
+        return 20 * (img - T).square().mean((1, 2, 3)) + 0.05 * (30 - (img * Q).sum((1, 2, 3)))
+
+    return normal(600, 1, 2, 4, 4), image_of, loss_of
+
+
+@pytest.mark.parametrize("run", RENO_RUNS)
+def test_the_loop_does_what_renos_own_does(run):
+    settings, losses, norms, index, last = RENO_RUNS[run]
+    e, image_of, loss_of = toy_generator(seen := [])
+    best = tteo.optimise(e, image_of, loss_of, **settings)
+    for ours, theirs in ((best.history, losses), (torch.stack([v.norm() for v in seen]), norms), (seen[-1], last)):
+        agrees(ours, theirs, tol=1e-6 * max(map(abs, theirs)))
+    assert best.index.tolist() == [index] and best.loss == best.history[index]
+    assert torch.equal(best.e, seen[index]) and torch.equal(best.img, image_of(best.e))
+    assert len(seen) == settings["iterations"] + 1, "an image an iteration, and the one of the line above"
+
+
+def test_the_best_iterate_is_a_copy_and_the_start_is_left_alone():
+    e, image_of, loss_of = toy_generator(seen := [])
+    before = e.clone()
+    best = tteo.optimise(e, image_of, loss_of, iterations=6, lr=200.0)
+    assert torch.equal(e, before) and torch.equal(best.e, before), "overshooting: the best is the start"
+    assert not any(torch.equal(v, before) for v in seen[1:]) and best.e.data_ptr() != e.data_ptr()
+    assert not any(t.requires_grad for t in best)
+
+
+@pytest.mark.parametrize("settings", [dict(lr=0.2), dict(lr=5.0, clip=0.1, regularise=0.01), dict(lr=200.0)])
+def test_starts_of_a_batch_do_not_know_of_each_other(settings):
+    e, image_of, loss_of = toy_generator([])
+    pair = torch.cat([e, 2 * normal(601, *e.shape)])
+    both, one, two = (tteo.optimise(part, image_of, loss_of, **settings) for part in (pair, pair[:1], pair[1:]))
+    for together, a, b in zip(both[:4], one, two):
+        assert torch.allclose(together, torch.cat([a, b]), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(both.history, torch.cat([one.history, two.history], 1), atol=1e-5)
+
+
+def test_two_nesterov_steps_by_hand():
+    e, a, lr = normal(1, 2, 3).double(), torch.tensor([1.0, 0.5, 3.0]).double(), 0.1
+    loss_of = lambda e: (a * e**2).sum(1) / 2
+    v1 = a * e
+    e1 = e - lr * (v1 + 0.9 * v1)                                                             # 1.9 lr g
+    v2 = 0.9 * v1 + a * e1
+    e2 = e1 - lr * (a * e1 + 0.9 * v2)
+    best = tteo.optimise(e, lambda e: e, loss_of, iterations=3, lr=lr)
+    assert torch.allclose(best.history, torch.stack([loss_of(t) for t in (e, e1, e2)]), rtol=1e-12)
+    plain = tteo.optimise(e, lambda e: e, loss_of, iterations=2, lr=lr, momentum=0.0)
+    assert torch.allclose(plain.history[1], loss_of(e - lr * a * e), rtol=1e-12), "without momentum no Nesterov either"
+
+
+def test_the_regulariser_pulls_the_norm_to_that_of_noise_and_does_not_select():
+    e = normal(2, 3, 4, 5).requires_grad_()
+    n = e.detach().flatten(1).norm(dim=1).view(3, 1, 1)
+    g, = torch.autograd.grad(tteo.norm_penalty(e).sum(), e)
+    assert torch.allclose(g, e.detach() * (1 - 19 / n**2), atol=1e-6)
+    at_rest = (e * 19**0.5 / n).detach().requires_grad_()
+    assert torch.autograd.grad(tteo.norm_penalty(at_rest).sum(), at_rest)[0].abs().max() < 1e-6
+    seen = []
+    best = tteo.optimise(e, lambda e: seen.append(e.detach().clone()) or e, lambda e: 0 * e.sum((1, 2)) + 7,
+                         iterations=3, lr=0.1, regularise=0.5)
+    assert torch.allclose(seen[1], (e - 0.1 * 1.9 * 0.5 * g).detach(), atol=1e-6), "it moves the variable"
+    assert (best.history == 7).all() and best.index.tolist() == [0, 0, 0], "it is no part of the loss that selects"
+
+
+def test_gradients_are_clipped_start_by_start():
+    g = torch.stack([torch.tensor([3.0, 4.0]), torch.tensor([0.03, 0.04])])[:, None]          # norms 5 and 0.05
+    clipped = tteo.clip_each(g, 0.1)
+    assert torch.allclose(clipped[0], g[0] * 0.1 / 5) and torch.equal(clipped[1], g[1])
+    seen = []
+    tteo.optimise(torch.zeros_like(g), lambda e: seen.append(e.detach().clone()) or e,
+                  lambda e: (e * g).sum((1, 2)), iterations=2, lr=1.0, clip=0.1)
+    assert torch.allclose(seen[1], -1.9 * clipped)
+
+
+def test_k_iterations_are_k_images_and_the_last_keeps_no_graph():
+    e, image_of, loss_of = toy_generator([])
+    graphs = []
+    spy = lambda img: graphs.append(img.requires_grad) or loss_of(img)
+    with torch.no_grad():                                         # also where the caller has gradients switched off
+        tteo.optimise(e, image_of, spy, iterations=4)
+    assert graphs == [True, True, True, False]
+    with pytest.raises(AssertionError, match="one iteration at least"):
+        tteo.optimise(e, image_of, loss_of, iterations=0)
+
+
+def test_a_loss_of_nan_is_never_the_best():
+    losses = iter([[float("nan"), 1.0, float("nan")], [2.0, float("nan"), float("nan")], [2.0, 0.5, float("nan")]])
+    best = tteo.optimise(torch.ones(3, 1), lambda e: e, lambda e: 0 * e[:, 0] + torch.tensor(next(losses)), 3)
+    assert best.index.tolist() == [1, 2, 0] and best.loss.tolist() == [2.0, 0.5, float("inf")]
+
+
+@functools.cache
+def tiny_world(name):
+    """A teacher of random weights as its own student; two things to ask for; the distance to a target image."""
+    teacher = load_teacher(name, random_weights=True)
+    what = ["a blue ring above a green square", "two cats"] if teacher.text else torch.tensor([3, 1])
+    target = normal(5, *teacher.spec.image).mul(0.2).add(0.5).clamp(0, 1)
+    return teacher, what, lambda img, what: (img - target).square().flatten(1).sum(1)
+
+
+seed = lambda n: torch.Generator().manual_seed(n)
+
+
+@pytest.mark.parametrize("name", ["maskbit-tiny", "maskgit-tiny", "meissonic-tiny", "maskgen-tiny"])
+def test_tteo_lowers_its_loss_from_every_start(name):
+    teacher, what, loss_of = tiny_world(name)
+    found = tteo.tteo(teacher, teacher.net, what, loss_of, starts=3, lr=0.01, generator=seed(0))
+    every, (C, H, W) = found.every, teacher.spec.image
+    assert every.history.shape == (4, 2, 3) and every.img.shape == (2, 3, C, H, W) and found.seconds > 0
+    assert (every.loss < every.history[0]).all(), f"{name}: {every.history.tolist()}"
+    assert torch.equal(every.loss, every.history.min(0).values) and torch.equal(every.index, every.history.argmin(0))
+    assert torch.equal(found.loss, every.loss.min(1).values) and torch.equal(found.start, every.loss.argmin(1))
+    assert torch.equal(found.img[1], every.img[1, found.start[1]]), "each prompt has its own best"
+    assert torch.allclose(loss_of(found.img, what), found.loss, rtol=1e-5), "the image is the one that was judged"
+    assert 0 <= found.img.min() and found.img.max() <= 1
+
+
+def test_networks_are_left_as_they_were_and_dropout_is_refused():
+    teacher, what, loss_of = tiny_world("maskgen-tiny")
+    net = load_teacher("maskgen-tiny", random_weights=True).net.requires_grad_()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    tteo.tteo(teacher, net, what, loss_of, starts=2, generator=seed(0))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is None for m in (net, *teacher[:2], teacher.text) for p in m.parameters())
+    with pytest.raises(AssertionError, match="eval mode"):
+        tteo.tteo(teacher, net.train(), what, loss_of)
+
+
+@pytest.mark.parametrize("name", ["meissonic-tiny", "maskgen-tiny"])
+def test_the_embedding_of_the_mask_has_a_gradient_too(name):
+    teacher, what, loss_of = tiny_world(name)
+    net = teacher.net
+    x, e, noise, cond = tteo.draw_starts(teacher, net, teacher.cond(teacher.conditions(what)), 2, 0.6, seed(0))
+    e.requires_grad_()
+    g, = torch.autograd.grad(loss_of(tteo.soft_image(teacher, net, e, cond, 0.1, noise), what).sum(), e)
+    masked = (x == net.V)[:, :, 0]
+    assert masked.sum(1).tolist() == [round(0.6 * net.L)] * 4
+    assert (g.norm(dim=-1) > 0).all() and g[masked].norm() > 0.1 * g.norm()
+
+
+def test_a_start_is_the_one_that_evaluate_draws_with_this_seed():
+    for name in ("maskbit-tiny", "meissonic-tiny", "maskgen-tiny"):
+        teacher, what, _ = tiny_world(name)
+        net, rows = teacher.net, teacher.conditions(what) if teacher.text else what
+        x, e, noise, cond = tteo.draw_starts(teacher, net, teacher.cond(rows), 1, 0.6, seed(4))
+        assert torch.equal(e, se.embed_tokens(x, *net.tables()))
+        z = dimo.student_logits(net, x, cond, *net.tables(), 0.3, noise)
+        img = teachers.decode_tokens(teacher.tokenizer, z.argmax(-1), cond)
+        there = ev.generate_student(teacher, net, rows, init_ratio=0.6, noise=0.3, temperature=0, generator=seed(4))
+        assert torch.equal((img * 255 + teacher.spec.rounds / 2).to(torch.uint8), there)
+        one_hot = lambda *a, **kw: 1e4 * torch.eye(net.V)[net(*a, **kw).argmax(-1)]
+        assert torch.allclose(tteo.soft_image(teacher, one_hot, e, cond, 0.3, noise), img, atol=1e-6), "nothing is soft"
+
+
+def test_best_of_n_is_the_smallest_of_n_and_runs_repeat():
+    teacher, what, loss_of = tiny_world("maskgen-tiny")
+    run = functools.partial(tteo.best_of, teacher, teacher.net, what, loss_of)
+    one, again, other = (run(5, generator=seed(n)) for n in (0, 0, 1))
+    assert one.every.history.shape == (1, 2, 5) and torch.equal(one.loss, one.every.history[0].min(1).values)
+    assert torch.equal(one.img, again.img) and not torch.equal(one.img, other.img)
+    assert len(one.every.loss.unique()) == 10, "starts differ"
+    run = functools.partial(tteo.tteo, teacher, teacher.net, what, loss_of, starts=5, lr=0.01)
+    a, b, c = run(generator=seed(0)), run(generator=seed(0)), run(generator=seed(0), chunk=3)
+    assert torch.equal(a.img, b.img) and torch.allclose(a.every.history, c.every.history, rtol=1e-5)
+    assert torch.allclose(a.img, c.img, atol=1e-5), "chunks only save memory"
+    assert torch.equal(a.every.history[0], one.every.loss), "the same seed, the same starts"
+    cond = teacher.cond(teacher.conditions(what))
+    repeated = tteo.draw_starts(teacher, teacher.net, cond, 2, 0.6)[3]
+    assert all(torch.equal(many, few[[0, 0, 1, 1]]) for many, few in zip(repeated, cond, strict=True))
+
+
+def test_the_loss_is_told_what_each_image_was_asked_for():
+    teacher, what, loss_of = tiny_world("maskgen-tiny")
+    asked = []
+    tteo.tteo(teacher, teacher.net, what, lambda img, what: asked.append(what) or loss_of(img, what), starts=3,
+              iterations=1, chunk=4)
+    assert asked == [[what[0]] * 3 + [what[1]], [what[1]] * 2]
+
+
+# ---------------------------------------------------------------------------------------- its command line
+class Redness(torch.nn.Module):
+    """A reward for a test: how red an image is, for prompts about red things."""
+
+    def forward(self, img, prompts):
+        assert all("red" in p for p in prompts) and len(prompts) == len(img)
+        return {"clip": 10 * (2 * img[:, 0] - img[:, 1] - img[:, 2]).mean((1, 2))}
+
+
+def run_script(monkeypatch, *argv, load=lambda names, paths={}, **_: Redness()):
+    """tteo.py as a script, in this process, with `load` for load_rewards: its exit code."""
+    monkeypatch.setattr(reward, "load_rewards", load)
+    monkeypatch.setattr(sys, "argv", ["tteo.py", *argv])
+    try:
+        runpy.run_path(f"{HERE}/tteo.py", run_name="__main__")
+    except SystemExit as err:
+        return err.code
+    return 0
+
+
+def test_the_command_line_draws_tells_and_records(monkeypatch, tmp_path, capsys):
+    net = load_teacher("maskgen-tiny", random_weights=True).net
+    torch.save(net.state_dict(), tmp_path / "student.pt")
+    assert run_script(monkeypatch, "--ckpt", f"{tmp_path}/student.pt", "--teacher", "maskgen-tiny", "--random_weights",
+                      "--prompt", "a red ball", "--rewards", "clip", "--starts", "3", "--iterations", "3", "--lr", "20",
+                      "--checkpointing", "--device", "cpu", "--out", f"{tmp_path}/out") == 0
+    row, = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    history = torch.tensor(row["history"])                                                    # (iterations, starts)
+    assert history.shape == (3, 3) and row["after"]["loss"] == history.min() < row["before"]["loss"]
+    assert row["before"]["loss"] == pytest.approx(history[0].min().item(), abs=1e-6)
+    assert history[row["after"]["iteration"], row["after"]["start"]] == history.min()
+    assert row["after"]["score"] == pytest.approx(1 - row["after"]["loss"], abs=1e-6) and row["best_of"]["n"] >= 1
+    assert row["student"] == ev.fingerprint(net) and (row["noise"], row["init_ratio"]) == (0.1, 0.9)
+    assert (tmp_path / "out" / "tteo.png").stat().st_size > 1000 and "with TTEO" in capsys.readouterr().out
+
+
+def test_the_command_line_climbs_real_rewards(monkeypatch, tmp_path):
+    tiny = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
+                text_cfg=dict(context_length=16, vocab_size=512, width=32, heads=2, layers=1))
+    load = functools.partial(reward.load_rewards, configs={"hps": tiny, "pickscore": tiny})
+    assert run_script(monkeypatch, "--teacher", "meissonic-tiny", "--random_weights", "--prompt", "a red ball",
+                      "--rewards", "hps", "pickscore", "--starts", "2", "--iterations", "2", "--regularise", "0.01",
+                      "--clip", "0.1", "--chunk", "1", "--device", "cpu", "--out", f"{tmp_path}", load=load) == 0
+    row = json.loads((tmp_path / "results.jsonl").read_text())
+    for kind in ("before", "after", "best_of"):
+        score = 5 * row[kind]["hps"] + 0.05 * row[kind]["pickscore"]
+        assert row[kind]["score"] == pytest.approx(score, abs=1e-5)
+        assert row[kind]["loss"] == pytest.approx(5 + 0.05 * 30 - score, abs=1e-5)
+    assert row["after"]["loss"] <= row["before"]["loss"] + 1e-6 and row["weights"] == {"hps": 5.0, "pickscore": 0.05}
+    assert row["history"][0] != row["history"][1]
+
+
+def test_what_tteo_cannot_do_is_refused_with_a_sentence(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    tiny = ["--teacher", "maskgen-tiny", "--random_weights"]
+    for argv, words in ((["--rewards", "taste"], "taste"), (["--starts", "0"], "expected a number"),
+                        ([], "--teacher NAME"), (["--teacher", "nobody"], "unknown teacher"),
+                        (["--ckpt", "nowhere.pt"], "nowhere.pt"), (["--teacher", "maskgen-tiny"], "--random_weights"),
+                        (["--teacher", "maskbit-tiny", "--random_weights"], "needs a text teacher"),
+                        ([*tiny, "--out", f"{tmp_path}/file/out"], "cannot write")):
+        argv = ["--out", f"{tmp_path}/out", *argv]
+        assert run_script(monkeypatch, "--prompt", "a red ball", "--device", "cpu", *argv) == 2, argv
+        assert words in (said := capsys.readouterr().err) and "Traceback" not in said
+    assert run_script(monkeypatch, *tiny) == 2 and "--prompt" in capsys.readouterr().err
+
+
 # ================================================================================================== data/
 # Real tokens: written once by the scripts of data/, killed at any moment, read back by train.py as memory maps.
 def load(path):
@@ -2461,6 +3276,246 @@ def test_crops_depend_on_seed_image_and_number_alone():
     centre = np.asarray(wide.crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.BICUBIC))
     assert all(any(np.array_equal(crop(wide, 0, 0, k), c) for c in (centre, centre[:, ::-1])) for k in range(8))
     assert imagenet.centre_crop(wide, 32).size == imagenet.centre_crop(square, 32).size == (32, 32)
+
+
+# ========================================================================================= data/prompts.py
+def listed(tmp_path, name, content, *flags):
+    """What becomes of a source file: the lines of prompts.txt."""
+    source, out = tmp_path / name, tmp_path / "out.txt"
+    source.write_bytes(content if isinstance(content, bytes) else content.encode())
+    prompts.main(prompts.parser().parse_args([str(source), "--out", str(out), *flags]))
+    return out.read_bytes().decode().split("\n")[:-1]
+
+
+def test_a_prompt_becomes_one_line_whatever_characters_it_holds(tmp_path):
+    family, hebrew = "a 👩‍👩‍👧 on a beach", "\u200fשלום\u200e, world"
+    text = f"\ufeff{family}\r\n\t two\u00a0 \t blanks \u3000 \r\n{hebrew}\na\x00 b\x07\x1b[0m\nc\u2028d\x85e\x0bf\n"
+    assert listed(tmp_path, "a.txt", text) == [family, "two blanks", hebrew, "a b[0m", "c d e f"]
+    assert ev.read_prompts(str(tmp_path / "out.txt")) == (tmp_path / "out.txt").read_text().splitlines()
+    # all characters there are, in a row: one line comes of them, and nothing is lost but line breaks and controls
+    every = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+    kept = prompts.clean("".join(every))
+    assert len(kept.splitlines()) == 1
+    assert set(every) - set(kept) == {c for c in every if unicodedata.category(c) == "Cc" or c.isspace() and c != " "
+                                      or c == "\ufeff"}
+    assert prompts.clean("a\u2028\x1cb") == "a b" and prompts.clean("a \0 b") == "a b" == prompts.clean("a\x1fb")
+
+
+def test_ten_thousand_prompts_keep_their_order_and_lose_repetitions(tmp_path, capsys):
+    lines = [f"prompt {i % 9000}" + " " * (i % 3) for i in range(10_000)] + ["", " \t ", "x" * 1001, "x" * 1000]
+    assert listed(tmp_path, "a.txt", "\n".join(lines)) == [f"prompt {i}" for i in range(9000)] + ["x" * 1000]
+    said = capsys.readouterr().out
+    assert said.endswith("out.txt: 9,001 prompts; 10,004 read; 1,000 left out, repeated; 2 left out, empty; "
+                         "1 left out, longer than 1,000 characters\n")
+    assert listed(tmp_path, "a.txt", "\n".join(lines), "--limit", "7") == [f"prompt {i}" for i in range(7)]
+    assert listed(tmp_path, "a.txt", "a\nabc\nabcd", "--max_chars", "3") == ["a", "abc"]
+    assert ", 7 " not in capsys.readouterr().out                  # reading ended with the seventh prompt
+
+
+RECORDS = [dict(url="u", TEXT="a cat, \"red\"", AESTHETIC_SCORE=6.5), dict(url="v", TEXT="two\nlines", AESTHETIC_SCORE=6),
+           dict(url="w", TEXT="dull", AESTHETIC_SCORE=5.9), dict(url="x", TEXT="unscored", AESTHETIC_SCORE=None)]
+
+
+def write_records(path, records):
+    """The same records in any of the formats."""
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="reading parquet takes pyarrow")
+        from pyarrow import parquet
+        parquet.write_table(pyarrow.Table.from_pylist(records), str(path), row_group_size=2)
+    elif path.suffix in (".csv", ".tsv"):
+        with open(path, "w", newline="") as f:
+            table = csv.DictWriter(f, list(records[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(records)
+    else:
+        lines = [json.dumps(record) for record in records]
+        path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n\n".join(lines))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_every_format_of_the_same_records_gives_the_same_prompts(tmp_path, suffix):
+    write_records(source := tmp_path / f"a{suffix}", RECORDS)
+    read = lambda *flags: listed(tmp_path, source.name, source.read_bytes(), *flags)
+    assert read() == ["a cat, \"red\"", "two lines", "dull", "unscored"]
+    assert read("--min_score", "6") == ["a cat, \"red\"", "two lines"]
+    assert read("--min_score", "5.9", "--score_column", "AESTHETIC_SCORE", "--limit", "3")[2] == "dull"
+    assert read("--column", "url") == ["u", "v", "w", "x"]
+    for flags, words in ((("--column", "nope"), "a field nope, found url, TEXT.*--column"),
+                         (("--min_score", "6", "--score_column", "nope"), "a field nope.*--score_column"),
+                         (("--min_score", "9"), "no prompt to keep.*4 read; 4 left out, with a score below 9, or none")):
+        with pytest.raises(UserError, match=words if suffix != ".parquet" else words.replace("url, ", "(url, )?")):
+            read(*flags)
+
+
+def test_the_usual_names_of_fields_have_an_order_and_lists_of_strings_have_none(tmp_path):
+    assert listed(tmp_path, "a.csv", "prompt,text,caption\r\n1,2,3\r\n\r\n4,5,6\r\n") == ["3", "6"]
+    assert listed(tmp_path, "a.tsv", "\ufeffprompt\ttext\n1\t2\n") == ["2"]
+    assert listed(tmp_path, "a.csv", "text,aesthetic\n1,\n2,6\n3,nan\n4,7\n", "--min_score", "6") == ["2", "4"]
+    for name, text in (("a.json", '\ufeff ["a", "b\\nc"]'), ("a.jsonl", '"a"\n\n"b\\tc"\n'), ("b.json", '"a"\n"b  c"')):
+        assert listed(tmp_path, name, text) == ["a", "b c"]
+    assert listed(tmp_path, "a.jsonl", '{"prompt": "\\ud83d\\ude00 \\u0000x"}') == ["😀 x"]
+    (tmp_path / "a.txt").write_text("1\n2\n")
+    (tmp_path / "b.csv").write_text("caption\nfrom b\n2\n")
+    prompts.main(prompts.parser().parse_args(["--limit", "9", *(str(tmp_path / f) for f in ("a.txt", "b.csv")), "--out",
+                                              str(tmp_path / "out.txt")]))
+    assert ev.read_prompts(str(tmp_path / "out.txt")) == ["1", "2", "from b"]
+
+
+BROKEN = [("a.txt", b"one\ntw\xff\nthree", "a.txt, line 2: invalid UTF-8", ["one", "three"]),
+          ("a.csv", b"id,text\n1,one\n2\n3,\"th\nree\"\n4,5,6\n", "a.csv, line 3: 1 fields instead of 2", ["one", "th ree"]),
+          ("b.csv", b"text,id\n\"on\ne\",1\n\"t\"wo,2\nthree,3", "b.csv, line 4: not a row", ["on e", "three"]),
+          ("c.csv", b"text\none\n\"two\nthree", "c.csv, line 3: not a row of fields .unexpected end", ["one"]),
+          ("d.csv", b"text\none\ntw\xe9\n", "d.csv, line 3: invalid UTF-8", ["one"]),
+          ("e.csv", b"text,aesthetic\none,7\ntwo,high\n", "e.csv, line 3: the score in the field aesthetic", ["one"]),
+          ("a.jsonl", b'"one"\n\n{"text"\n"two"', "a.jsonl, line 3: invalid JSON", ["one", "two"]),
+          ("b.jsonl", b'{"text": "one"}\n{"txt": "two"}', "b.jsonl, line 2: .* field text, got nothing", ["one"]),
+          ("c.jsonl", b'{"text": "one"}\n{"text": 2}', "c.jsonl, line 2: .* field text, got int", ["one"]),
+          ("d.jsonl", b'null\n[]\n"one"', "d.jsonl, line 1: expected a string or a record, got nothing", ["one"]),
+          ("e.jsonl", b'"one"\n"t\xffwo"', "e.jsonl, line 2: invalid UTF-8", ["one"]),
+          ("f.jsonl", b'"\\ud83d"\n"one"', "f.jsonl, line 1: invalid UTF-8", ["one"]),
+          ("g.jsonl", b'"one"\n' + b"[" * 10**5 + b"\n" + b"9" * 5000, "g.jsonl, line 2: invalid JSON", ["one"]),
+          ("a.json", b'["one", null, {"caption": ["two"]}]', "a.json, item 2: expected a string", ["one"])]
+
+
+@pytest.mark.parametrize("name, content, words, rest", BROKEN, ids=[case[0] for case in BROKEN])
+def test_what_is_broken_is_named_by_line_or_skipped_and_counted(tmp_path, capsys, name, content, words, rest):
+    flags = ("--min_score", "6") if name == "e.csv" else ()
+    with pytest.raises(UserError, match=words + ".*--skip_broken"):
+        listed(tmp_path, name, content, *flags)
+    assert not (tmp_path / "out.txt").exists()
+    assert listed(tmp_path, name, content, "--skip_broken", *flags) == rest
+    assert "left out, broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", b"", "no prompt to keep in .*a.txt: 0 read$"), ("a.txt", b"\n \r\n", "2 read; 2 left out, empty"),
+    ("a.csv", b"", "0 read"), ("a.csv", b"text\n", "0 read"), ("a.csv", b'"text\na', "line 1: .*names of the fields"),
+    ("a.json", b"", "0 read"), ("a.json", b"[]", "0 read"), ("a.json", b'["a",\n"b"\n"c"]', "a.json, line 3: invalid JSON"),
+    ("a.json", b'{"a.png": "cat"}', "a field caption or .*found a.png; name it by --column"),
+    ("a.jsonl", b"{}", "found none"), ("a.jsonl", "\ufeff".encode("utf-16"), "line 1: invalid JSON"),
+    ("a.txt", "cat".encode("utf-16"), "line 1: invalid UTF-8"), ("a.doc", b"cat", "ends in .txt, .csv, .*.parquet")])
+def test_sources_without_a_prompt_are_refused_and_write_nothing(tmp_path, name, content, words):
+    (tmp_path / "out.txt").write_text("the earlier list\n")
+    with pytest.raises(UserError, match=words):
+        listed(tmp_path, name, content)
+    assert (tmp_path / "out.txt").read_text() == "the earlier list\n" and len(os.listdir(tmp_path)) == 2
+
+
+def test_parquet_without_pyarrow_and_damaged_parquet_are_sentences(tmp_path, monkeypatch):
+    if importlib.util.find_spec("pyarrow"):
+        with pytest.raises(UserError, match="cannot read on after row 0"):
+            listed(tmp_path, "a.parquet", b"PAR1 and no more")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        listed(tmp_path, "a.parquet", b"PAR1")
+
+
+def make_pairs(folder, n=11):
+    """Images, each with its prompt beside it; two share one, and four cannot be read."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (32 + i, 40, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"  picture\n{max(i, 1)} \u2028👩‍👩‍👧\n", encoding="utf-8")
+    (folder / "02.png").write_bytes(b"no picture")
+    (folder / "03.txt").write_bytes(b"\xff")
+    (folder / "04.txt").write_text(" \n")
+    (folder / "05.txt").unlink()                                  # not a pair: not even counted
+    (folder / "notes.txt").write_text("no image beside it")
+    return folder
+
+
+def pairs_args(folder, out, *more):
+    return prompts.parser().parse_args(["--images", str(folder), "--teacher", "maskgen-tiny", "--random_weights", "--out",
+                                        str(out), "--batch", "4", "--device", "cpu", *more])
+
+
+def test_pairs_are_the_tokenizers_own_tokens_and_train_reads_them_back(tmp_path, capsys, monkeypatch):
+    folder, teacher = make_pairs(tmp_path / "in"), load_teacher("maskgen-tiny", random_weights=True)
+    seen, encode = [], type(teacher.tokenizer).encode
+    monkeypatch.setattr(type(teacher.tokenizer), "encode", lambda self, img: (seen.append(img), encode(self, img))[1])
+    prompts.main(pairs_args(folder, tmp_path / "out"))
+    images = torch.cat(seen[1:])                      # the pictures themselves: random weights hardly tell them apart
+    x, labels, lines = train.load_tokens(str(tmp_path / "out"), teacher)
+    good = [0, 1, 6, 7, 8, 9, 10]
+    assert [lines[i] for i in labels] == [f"picture {max(i, 1)} 👩‍👩‍👧" for i in good] and labels[0] == labels[1] == 0
+    assert len(x) == len(images) == len(good)
+    for row, img, i in zip(x, images, good):
+        view = prompts.variants(str(folder / f"{i:02d}.png"), 0, (3, 32, 32), False, 0, 0)
+        view = torch.from_numpy(view).float() / 255
+        assert torch.equal(img, view[0]) and np.array_equal(row, encode(teacher.tokenizer, view)[0]), i
+    skipped = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in skipped] == ["02.png", "03.png", "04.png"]
+    assert "cannot identify" in skipped[0] and "utf-8" in skipped[1] and "empty" in skipped[2]
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    said = fashion.describe(teacher.tokenizer, "maskgen-tiny", str(folder))
+    assert meta == said | dict(n=7, variants=1, prompts=6, skipped=3, complete=True)
+    assert "7 images, 6 prompts; 3 images left out" in capsys.readouterr().out
+    prompts.main(pairs_args(folder, tmp_path / "out", "--limit", "2"))                        # anew, and nothing of before
+    assert len(train.load_tokens(str(tmp_path / "out"), teacher)[0]) == 2
+    assert sorted(os.listdir(tmp_path / "out")) == ["labels.npy", "meta.json", "prompts.txt", "tokens.npy"]
+
+
+def test_batches_of_the_gan_see_the_prompts_of_their_images(tmp_path):
+    teacher = load_teacher("maskgen-tiny", random_weights=True)
+    prompts.main(pairs_args(make_pairs(tmp_path / "in"), tmp_path / "out"))
+    x, labels, lines = train.load_tokens(str(tmp_path / "out"), teacher)
+    assert labels.max() == len(lines) - 1 and teacher.conditions(lines).shape[0] == len(lines) == 6
+
+
+@pytest.mark.parametrize("name", ["prompts.txt.tmp", "tokens.npy.tmp", "labels.npy.tmp", "meta.json.tmp", "encode"])
+def test_a_kill_at_any_file_leaves_a_folder_that_train_refuses_or_the_old_one(tmp_path, monkeypatch, name):
+    folder, teacher = make_pairs(tmp_path / "in"), load_teacher("maskgen-tiny", random_weights=True)
+    prompts.main(pairs_args(folder, tmp_path / "out", "--limit", "2"))
+    replace, encode = os.replace, type(teacher.tokenizer).encode
+
+    def killed(*args):
+        if name == "encode" and len(args[1]) > 1 or str(args[0]).endswith(name):
+            raise KeyboardInterrupt
+        return replace(*args) if name != "encode" else encode(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(*((type(teacher.tokenizer), "encode", killed) if name == "encode" else (os, "replace", killed)))
+        with pytest.raises(KeyboardInterrupt):
+            prompts.main(pairs_args(folder, tmp_path / "out"))
+    if name == "encode":                              # before anything is written the old folder stays whole
+        assert len(train.load_tokens(str(tmp_path / "out"), teacher)[0]) == 2
+    else:
+        with pytest.raises(UserError, match="cannot read real tokens"):
+            train.load_tokens(str(tmp_path / "out"), teacher)
+    prompts.main(pairs_args(folder, tmp_path / "out"))
+    assert len(train.load_tokens(str(tmp_path / "out"), teacher)[0]) == 7
+
+
+def test_folders_without_pairs_and_class_teachers_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "in" / "alone.png")
+    run = lambda *more: prompts.main(pairs_args(tmp_path / "in", tmp_path / "out", *more))
+    for flags, words in (((), "each with its prompt"), (("--teacher", "maskbit-tiny"), "learned classes.*data/imagenet.py"),
+                         (("--images", "/nowhere"), "--images /nowhere"), (("a.txt",), "either SOURCE"),
+                         (("--out", str(tmp_path / "in")), "overwrite"), (("--batch", "0"), "--batch of 1 or more")):
+        with pytest.raises(UserError, match=words):
+            run(*flags)
+    (tmp_path / "in" / "alone.txt").write_text("alone")
+    with pytest.raises(UserError, match="--device nowhere"):
+        run("--device", "nowhere")
+    (tmp_path / "in" / "alone.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 pairs .* alone.png"):
+        run()
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_the_script_answers_bad_input_with_one_sentence_and_status_2(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(b"fine\nbr\xffken\n")
+    for flags in ([str(tmp_path / "a.txt")], ["/nowhere.txt"]):
+        done = subprocess.run([sys.executable, os.path.join(HERE, "data", "prompts.py"), *flags, "--out",
+                               str(tmp_path / "out.txt")], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "prompts.py: " in done.stderr
+        assert not done.stdout and not (tmp_path / "out.txt").exists()
+    monkeypatch.chdir(tmp_path)
+    for flags, words in ((("--out", "a.txt"), "overwrite"), (("--out", "."), "is a folder"), (("--limit", "0"), "of 1 or")):
+        with pytest.raises(UserError, match=words):
+            prompts.main(prompts.parser().parse_args(["a.txt", *flags]))
 
 
 # ================================================================================================= evaluate.py
@@ -2718,7 +3773,7 @@ def test_every_tiny_teacher_trains_with_every_flag_and_resumes_to_the_bit(name, 
     for kw in (dict(gan=False), dict(gan=True, data=data), every):
         def go(out, **more):
             given = {"dtype": "fp32", **kw, **more, "out": f"{tmp_path}/{out}"}
-            given |= dict(teacher=name, random_weights=True, device="cpu", save_every=1, log_every=1, batch=4, eval_every=0, warmup=0)
+            given |= dict(teacher=name, random_weights=True, init_from="teacher", student_start=0, device="cpu", save_every=1, log_every=1, batch=4, eval_every=0, warmup=0)
             c = train.settle(given, train.flags()[1])
             train.train(c)
             return torch.load(f"{c.out}/ckpt.pt", weights_only=True)
@@ -2733,14 +3788,15 @@ def test_every_tiny_teacher_trains_with_every_flag_and_resumes_to_the_bit(name, 
 
 @pytest.mark.parametrize("name", ["maskgit-tiny", "meissonic-tiny", "maskgen-tiny"])
 def test_every_tiny_teacher_is_evaluated_beside_its_student(name, tmp_path):
-    c = train.settle(dict(teacher=name, random_weights=True, device="cpu", dtype="fp32", steps=1, warmup=0, n_eval=4,
-                          out=f"{tmp_path}/run"), train.flags()[1])
+    c = train.settle(dict(teacher=name, random_weights=True, device="cpu", dtype="fp32", steps=1, warmup=0, n_eval=12, batch=4,
+                          init_from="teacher", eval_every=1, student_start=0, out=f"{tmp_path}/run"), train.flags()[1])
     train.train(c)                                                # with a strip of samples, and a picture at the end
     assert {"samples_000000.png", "samples_000001.png", "picture.png", "student.safetensors"} <= set(os.listdir(c.out))
-    args = ev.flags().parse_args(["--ckpt", f"{c.out}/ckpt.pt", "--steps", "2", "--n", "3", "--out", f"{tmp_path}/e", "--device", "cpu"])
+    args = ev.flags().parse_args(["--ckpt", f"{c.out}/ckpt.pt", "--steps", "2", "--n", "12", "--out", f"{tmp_path}/e", "--device", "cpu"])
     ev.main(args)
     rows = [json.loads(line) for line in open(f"{tmp_path}/e/results.jsonl")]
-    assert [(row["kind"], row["steps"], row["n"]) for row in rows] == [("student", 1, 3), ("teacher", 2, 3)]
+    assert [(row["kind"], row["steps"], row["n"]) for row in rows] == [("student", 1, 12), ("teacher", 2, 12)]
+    assert all(("geneval" in row) == (name == "meissonic-tiny") for row in rows)
     assert all("fid" not in row and row["images/s"] > 0 for row in rows) and rows[0]["noise"] == SPECS[name].student["noise"]
     assert rows[1].items() >= next(iter(SPECS[name].sampling.values())).items()
     C, H, W = SPECS[name].image
@@ -2903,3 +3959,315 @@ def test_bad_files_are_answered_with_a_sentence(tmp_path):
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and "is a run with --teacher nano, and now --teacher is maskbit" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# ========================================================================== GenEval: is it what was asked for?
+def judge(tag, include, exclude, seen):
+    """The verdict on {class: [(box, score, colour), ...]}; include and exclude are [(class, count, more), ...]."""
+    clauses = lambda part: [{"class": c, "count": n, **dict(*more)} for c, n, *more in part]
+    metadata = dict(tag=tag, include=clauses(include), exclude=clauses(exclude))
+    colour = lambda box, name: next(c for b, _, c in seen[name] if b == box)
+    return ev.verdict(metadata, {name: [found[:2] for found in boxes] for name, boxes in seen.items()}, colour)
+
+
+A, B, C, D = (1, 1, 9, 9), (0, 0, 5, 5), (6, 6, 9, 9), (1, 1, 2, 2)
+DOG, CAT = [((60, 10, 100, 50), 0.9, "red")], ((5, 12, 40, 48), 0.9, "red")
+LEFT, ABOVE, BELOW = ([("dog", 1), ("cat", 1, {"position": [name, 0]})] for name in ("left of", "above", "below"))
+BLUE, BLACK = [("bench", 1, {"color": "blue"})], [("dog", 1, {"color": "purple"}), ("apple", 1, {"color": "black"})]
+
+
+@pytest.mark.parametrize("right, tag, include, exclude, seen", [
+    (True, "single_object", [("dog", 1)], [], {"dog": [(A, 0.31, "red")]}),
+    (False, "single_object", [("dog", 1)], [], {"dog": [(A, 0.3, "red")]}),
+    (True, "two_object", [("dog", 1), ("cat", 1)], [], {"dog": [(A, 0.8, "red")], "cat": [(A, 0.35, "red")]}),
+    (True, "counting", [("apple", 2)], [("apple", 3)], {"apple": [(B, 0.95, ""), (C, 0.91, ""), (D, 0.89, "")]}),
+    (False, "counting", [("apple", 2)], [("apple", 3)], {"apple": [(B, 0.95, ""), (C, 0.91, ""), (D, 0.905, "")]}),
+    (False, "counting", [("apple", 3)], [("apple", 4)], {"apple": [(B, 0.95, ""), (C, 0.91, ""), (D, 0.5, "")]}),
+    (True, "colors", BLUE, [], {"bench": [(B, 0.5, "red"), (C, 0.9, "blue")]}),
+    (False, "colors", BLUE, [], {"bench": [(B, 0.95, "red"), (C, 0.9, "blue")]}),
+    (True, "position", LEFT, [], {"dog": DOG, "cat": [CAT]}),
+    (False, "position", LEFT, [], {"dog": DOG, "cat": [CAT, ((70, 70, 90, 90), 0.95, "red")]}),
+    (False, "position", ABOVE, [], {"dog": [((10, 30, 60, 90), 0.9, "")], "cat": [((12, 25, 58, 82), 0.9, "")]}),
+    (False, "position", BELOW, [], {"cat": [((12, 25, 58, 82), 0.9, "red")]}),
+    (True, "color_attr", BLACK, [], {"dog": [(B, 0.7, "purple")], "apple": [(B, 0.7, "black")]}),
+    (False, "color_attr", BLACK, [], {"dog": [(B, 0.7, "black")], "apple": [(B, 0.7, "purple")]})])
+def test_golden_geneval_verdicts(right, tag, include, exclude, seen):
+    correct, why = judge(tag, include, exclude, seen)
+    assert correct is right and (why == "") == right
+
+
+@pytest.mark.parametrize("a, b, names", [
+    ((31, 29, 91, 67), (16, 25, 95, 82), ""), ((77, 18, 80, 82), (0, 0, 9, 10), "right of"),
+    ((12, 4, 26, 9), (48, 70, 75, 80), "above"), ((31, 14, 97, 66), (34, 17, 83, 75), ""),
+    ((32, 6, 86, 71), (30, 3, 78, 67), ""), ((56, 19, 97, 57), (45, 27, 84, 53), ""),
+    ((45, 40, 87, 59), (14, 3, 84, 43), "below"), ((50, 17, 62, 98), (39, 17, 60, 90), ""),
+    ((93, 32, 97, 97), (54, 54, 86, 95), "right of"), ((52, 8, 61, 53), (19, 72, 40, 90), "above"),
+    ((26, 47, 91, 72), (45, 17, 76, 66), "below"), ((14, 40, 20, 48), (34, 44, 69, 51), "left of"),
+    ((44, 65, 56, 77), (53, 76, 51, 63), ""), ((24, 5, 64, 59), (19, -7, 78, 68), "")])
+def test_golden_geneval_relations(a, b, names):
+    assert ev.relations(a, b) == ({names} if names else set())
+
+
+def test_a_box_can_be_left_and_above_at_once_and_a_reversed_box_has_its_size():
+    assert ev.relations((0, 0, 2, 2), (20, 20, 22, 22)) == {"left of", "above"}
+    assert ev.relations((20, 20, 22, 22), (0, 0, 2, 2)) == {"right of", "below"}
+    # 10 apart, sizes 60 and 30: shrunk to 1, a tenth of the way. With a size of -30 it were 7, and "right of".
+    assert ev.relations((0, 0, 60, 0), (35, 0, 5, 0)) == ev.relations((0, 0, 60, 0), (5, 0, 35, 0)) == set()
+    assert ev.relations((0, 0, 20, 0), (10, 0, -10, 0)) == {"right of"}                         # 6 of 10
+
+
+def test_a_relation_needs_more_than_half_of_the_way():
+    # Centres (3, 4) apart, so |o| = 5. Without height y stays 4 of 5; x is shrunk from 3 by a tenth of the width.
+    wide = lambda w: ev.relations((3 - w / 2, 4, 3 + w / 2, 4), (0, 0, 0, 0))
+    assert wide(4) == {"right of", "below"} and wide(6) == {"below"}                            # 2.6 and 2.4 of 5
+    assert ev.relations((-1, -1, 1, 1), (-3, -3, 3, 3)) == set()                                # one centre
+    points = [ev.relations((x, 0, x, 0), (0, 0, 0, 0)) for x in (9e-4, 2e-3)]
+    assert points == [set(), {"right of"}]                       # less than a thousandth of a pixel is no distance
+
+
+@pytest.mark.parametrize("tag, limit", [("counting", 0.9)] + [(tag, 0.3) for tag in ev.TASKS if tag != "counting"])
+def test_a_score_at_the_threshold_is_out_in_float32_too(tag, limit):
+    just = np.nextafter(np.float32(limit), np.float32(1))
+    for score, right in ((limit, False), (np.float32(limit), False), (just, True), (limit + 1e-9, False)):
+        assert judge(tag, [("dog", 1)], [], {"dog": [(A, score, "red")]})[0] is right
+
+
+def test_at_most_sixteen_boxes_count_the_surest():
+    boxes = [((i, 0, i + 1, 1), 0.4 + 0.01 * i) for i in range(20)]
+    assert ev.kept(boxes, "colors") == [box for box, _ in boxes[:3:-1]] and len(ev.kept(boxes, "colors")) == 16
+    many = {"dog": [(*found, "red") for found in boxes]}
+    assert judge("single_object", [("dog", 16)], [("dog", 17)], many)[0]                # all 20 are above 0.3
+    assert not judge("single_object", [("dog", 1)], [("dog", 16)], many)[0]
+
+
+def test_a_position_fails_with_its_target_and_says_so():
+    red_dog = [("dog", 1, {"color": "red"}), LEFT[1]]
+    assert judge("position", red_dog, [], {"dog": DOG, "cat": [CAT]}) == (True, "")
+    correct, why = judge("position", red_dog, [], {"dog": [(*DOG[0][:2], "blue")], "cat": [CAT]})
+    assert not correct and why == ("expected 1 red dog, found blue; "
+                                   "expected cat left of something that is missing or wrong itself")
+    why = judge("position", ABOVE, [], {"dog": DOG, "cat": [CAT]})[1]
+    assert why == "expected cat above its target, found it left of"
+
+
+def test_each_placed_object_must_stand_right_to_each_target():
+    two = [("dog", 2), ("cat", 2, {"position": ["left of", 0]})]
+    at = lambda *xs: [((x, 0, x + 4, 4), 0.9, "red") for x in xs]
+    assert judge("position", two, [], {"dog": at(50, 60), "cat": at(0, 10)})[0]
+    for step in (1, -1):                                         # whichever of the two is looked at first
+        assert not judge("position", two, [], {"dog": at(50, 5)[::step], "cat": at(0, 10)})[0]
+        assert not judge("position", two, [], {"dog": at(50, 60), "cat": at(0, 70)[::step]})[0]
+
+
+def test_all_of_several_objects_must_have_the_colour():
+    for seen, right in (("red red", True), ("red blue", False), ("blue red", False)):
+        boxes = [((i, 0, i + 1, 1), 0.9, colour) for i, colour in enumerate(seen.split())]
+        assert judge("color_attr", [("dog", 2, {"color": "red"})], [], {"dog": boxes})[0] is right
+
+
+def test_what_is_excluded_may_be_there_in_smaller_number():
+    for n, right in ((0, True), (1, True), (2, False), (3, False)):
+        seen = {"dog": [(A, 0.9, "red")], "cat": [(A, 0.8, "red")] * n}
+        assert judge("single_object", [("dog", 1)], [("cat", 2)], seen)[0] is right
+
+
+def test_geneval_is_the_mean_of_tasks_not_of_images():
+    rows = [("counting", True)] + [("single_object", False)] * 3 + [(tag, True, "") for tag in ev.TASKS[1:]]
+    table = ev.geneval_table(rows + [("position", False), ("position", False), ("position", False)])
+    assert table["position"] == 0.25 and table["counting"] == 1 and list(table) == [*ev.TASKS, "overall"]
+    assert table["overall"] == pytest.approx((0 + 1 + 1 + 1 + 0.25 + 1) / 6)
+    assert ev.geneval_table([("colors", True), ("colors", False)]) == {"colors": 0.5, "overall": None}
+
+
+PROMPTS = [
+    {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "a photo of a red dog"},
+    {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}],
+     "prompt": "a photo of two cats"}]
+
+
+def test_a_geneval_folder_is_read_back_and_judged_by_any_detector(tmp_path):
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in PROMPTS))
+    prompts = ev.read_metadata(str(tmp_path / "meta.jsonl"))
+    img = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 2, 3, 6, 8), dtype=np.uint8))
+    ev.write_geneval(f"{tmp_path}/g", prompts, (part for part in img))
+    files = sorted(str(f.relative_to(tmp_path / "g")) for f in (tmp_path / "g").rglob("*.*"))
+    each = "metadata.jsonl", "samples/00000.png", "samples/00001.png"
+    assert files == [f"0000{i}/{name}" for i in (0, 1) for name in each]
+    (tmp_path / "g/00001/grid.png").write_bytes(b""), (tmp_path / "g/00001/samples/notes.txt").write_bytes(b"")
+    back = list(ev.read_geneval(f"{tmp_path}/g"))
+    assert [metadata for metadata, _ in back] == prompts == PROMPTS
+    assert np.array_equal(np.array([[np.array(p) for p in part] for _, part in back]), img.permute(0, 1, 3, 4, 2))
+    detector = lambda image: {"dog": [(A, 0.5)], "cat": [(A, 0.95), (B, 0.92)]} if image == back[0][1][0] else {}
+    rows = list(ev.geneval(f"{tmp_path}/g", detector, lambda image, box, name: "red"))
+    assert [row[:2] for row in rows] == [("colors", True), ("colors", False)] + [("counting", False)] * 2
+    with pytest.raises(UserError, match="cannot make the folder .*00000.samples .*a new one"):
+        ev.write_geneval(f"{tmp_path}/g", prompts, img)
+
+
+@pytest.mark.parametrize("change, words", [
+    ("{cut", "Expecting property name"), ("", "Expecting value"), ("[1]", "expected tag, prompt and include"),
+    ("7", "not iterable"), (dict(include=3), "iterable"), (dict(include=[{"class": "dog"}]), "class and count"),
+    (dict(tag="colours"), "a tag out of single_object, .*got 'colours'"),
+    (dict(exclude=[{"class": "dog", "count": 0}]), "a count from 1 to 16, got 0"),
+    (dict(include=[{"class": "dog", "count": 1, "color": "grey"}]), "a color out of red"),
+    (dict(include=[{"class": "dog", "count": 1, "position": ["above", 0]}]), "a position .*earlier entry")])
+def test_a_broken_metadata_line_is_named(tmp_path, change, words):
+    line = change if isinstance(change, str) else json.dumps({**PROMPTS[0], **change})
+    (tmp_path / "meta.jsonl").write_text(f"{json.dumps(PROMPTS[1])}\n{line}\n")
+    with pytest.raises(UserError, match=f"meta.jsonl, line 2 is no prompt of GenEval: .*{words}"):
+        ev.read_metadata(str(tmp_path / "meta.jsonl"))
+
+
+def test_unreadable_geneval_files_are_answered_with_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*none.jsonl .*evaluation_metadata.jsonl"):
+        ev.read_metadata(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="cannot read .*none .*<index>/metadata.jsonl"):
+        list(ev.read_geneval(str(tmp_path / "none")))
+    ev.write_geneval(str(tmp_path / "g"), PROMPTS[:1], [torch.arange(192, dtype=torch.uint8).view(1, 3, 8, 8)])
+    picture = tmp_path / "g/00000/samples/00000.png"
+    whole = picture.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:50] + b"?" * 20 + whole[70:]):
+        picture.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot read .*00000.png"):
+            list(ev.read_geneval(str(tmp_path / "g")))
+
+
+# ======================================================================================== COCO-30k and HPS v2
+@pytest.mark.parametrize("excess, start", [(0, 0), (1, 0), (2, 1), (3, 2), (5, 2), (7, 4)])   # 0.5 0, 1.5 2
+def test_the_crop_of_an_odd_excess_starts_at_the_even_half(excess, start):
+    pixels = np.random.RandomState(3).randint(0, 256, (16, 16 + excess, 3), dtype=np.uint8)
+    for p in (pixels, pixels.transpose(1, 0, 2)):
+        crop = p[:, start:start + 16] if p.shape[0] == 16 else p[start:start + 16]
+        assert np.array_equal(ev.coco_crop(Image.fromarray(p), 16), crop)        # LANCZOS to the same size copies
+
+
+def test_golden_coco_crop():
+    pixels = np.random.RandomState(80).randint(0, 256, (37, 50, 3)).astype(np.uint8).repeat(2, 0).repeat(2, 1)
+    out = ev.coco_crop(Image.fromarray(pixels), 32)
+    assert out.dtype == np.uint8
+    agrees(torch.from_numpy(out), [174, 95, 74, 136, 163, 60, 194, 195, 215, 183, 157, 59, 192, 78, 73, 115], 392894)
+    grey = ev.coco_crop(Image.fromarray(pixels[:, :, 0]))                                       # COCO has some
+    assert grey.shape == (256, 256, 3) and (grey == grey[:, :, :1]).all()
+
+
+def test_golden_clip_score_tokens():
+    long = " ".join(["a very long caption about a dog and a cat playing in the snow"] * 6)
+    ids = ev.clip_score_tokens(["A man riding a wave on top of a surfboard.", long])
+    short = [320, 786, 6765, 320, 4535, 525, 1253, 539, 320, 10176, 1972, 269]
+    assert ids.shape == (2, 77) and ids[0].tolist() == [49406, 320, 1125, 29340, *short, 49407, *[0] * 60]
+    once = [320, 1070, 1538, 11327, 781, 320, 1929, 537, 320, 2368, 1629, 530, 518, 2583]
+    assert ids[1].tolist() == [49406, 320, 1125, 29340, *(once * 6)[:72], 49407]
+
+
+def test_the_prefix_pushes_a_long_captions_end_out_and_another_takes_its_place():
+    for words in (71, 72, 73, 75, 200):                          # 72 and the prefix fill all 77
+        ids = ev.clip_score_tokens(["dog " * words])[0].tolist()
+        assert [x for x in ids if x] == [49406, 320, 1125, 29340, *[1929] * min(words, 72), 49407]
+    ids = ev.clip_score_tokens(["dog " * 71 + "1 !-- a dog"])[0].tolist()                       # "!--" is 0, 2432
+    assert ids[75:] == [272, 0] and 49407 not in ids             # a zero in the last place passes for padding
+
+
+def test_hps_averages_blocks_of_eighty():
+    # Block b of style s: 10 s + b, half of it 5 more and half 5 less. Of means 0 to 9 the variance is 99 / 12.
+    score = lambda s, i: 10 * s + i // 80 + (5 if i % 80 < 40 else -5)
+    scores = {style: [score(s, i) for i in range(800)] for s, style in enumerate(ev.HPS_STYLES)}
+    table = ev.hps_benchmark(scores)
+    assert table == {"anime": (4.5, 2.8723), "concept-art": (14.5, 2.8723), "paintings": (24.5, 2.8723),
+                     "photo": (34.5, 2.8723), "averaged": 19.5}
+    assert ev.hps_benchmark({"photo": torch.full((800,), 27.126)}) == {"photo": (27.13, 0.0), "averaged": None}
+    with pytest.raises(UserError, match="anime: expected 800 scores, one a prompt, got 799"):
+        ev.hps_benchmark({"anime": [1.0] * 799})
+
+
+def test_hps_images_lie_where_its_package_looks_as_jpegs_of_quality_75(tmp_path):
+    img = torch.from_numpy(np.random.RandomState(5).randint(0, 256, (3, 3, 16, 16), dtype=np.uint8))
+    ev.write_hps(str(tmp_path), "concept-art", (part for part in img))
+    assert sorted(os.listdir(tmp_path / "concept-art")) == ["00000.jpg", "00001.jpg", "00002.jpg"]
+    Image.fromarray(img[1].permute(1, 2, 0).numpy()).save(tmp_path / "default.jpg")        # PIL's default is 75
+    assert (tmp_path / "default.jpg").read_bytes() == (tmp_path / "concept-art/00001.jpg").read_bytes()
+    with pytest.raises(ValueError, match="unknown style 'anime2'"):
+        ev.write_hps(str(tmp_path), "anime2", img)
+
+
+# ================================================================================================ data/shapes.py
+def test_the_reader_is_right_on_99_of_100_fresh_renderings_of_every_task():
+    assert all(share >= 0.99 for share in shapes.accuracy(n=900, seed=11).values())
+
+
+def test_the_reader_sees_shape_color_and_place_of_what_was_drawn():
+    for i, shape in enumerate(shapes.SHAPES):
+        for color in shapes.COLORS:
+            img = shapes.render(np.random.default_rng([3, i]), [(shape, color)])
+            (found,) = shapes.read(img.transpose(2, 0, 1))
+            assert found[:2] == (shape, color)
+    for k, relation in enumerate(shapes.RELATIONS):
+        img = shapes.render(np.random.default_rng([4, k]), [("circle", "red"), ("ring", "blue")], relation)
+        boxes = {shape: box for shape, _, box in shapes.read(img.transpose(2, 0, 1))}
+        assert relation in ev.relations(boxes["ring"], boxes["circle"])
+
+
+def test_the_reader_finds_nothing_on_empty_grounds_and_no_shape_in_blobs():
+    ground = shapes.render(np.random.default_rng(0), [])
+    assert shapes.read(ground.transpose(2, 0, 1)) == []
+    bar = np.full((3, 32, 32), 128, np.uint8)
+    bar[:, 4:8, 2:28] = np.array([255, 0, 0])[:, None, None]
+    assert [found[:2] for found in shapes.read(bar)] == [(None, "red")]
+
+
+def test_scenes_depend_on_seed_and_place_alone_and_vary():
+    a, prompts, metas = shapes.scenes(40, seed=3)
+    b = shapes.scenes(20, seed=3)
+    assert np.array_equal(a[:20], b[0]) and prompts[:20] == b[1] and not np.array_equal(a[:20], shapes.scenes(20, seed=4)[0])
+    same = [shapes.render(np.random.default_rng(i), [("circle", "red")]) for i in range(6)]
+    assert len({shapes.read(img.transpose(2, 0, 1))[0][2] for img in same}) == 6            # place and size
+    assert np.std([img[0, 0].mean() for img in same]) > 10                                  # ground
+    assert all(meta["prompt"] == prompt for meta, prompt in zip(metas, prompts))
+
+
+@pytest.mark.parametrize("task", shapes.TASKS)
+def test_captions_and_metadata_have_genevals_form(task):
+    for i in range(30):
+        prompt, meta, objects, relation = shapes.caption(np.random.default_rng(i), task)
+        assert ev.parse_metadata(json.dumps(meta), "here") == meta and meta["tag"] == task
+        assert sum(clause["count"] for clause in meta["include"]) == len(objects)
+        assert all(shape in prompt and (color or "") in prompt for shape, color in objects)
+        assert ("exclude" in meta) == (task == "counting") and (relation is not None) == (task == "position")
+        if relation:                                              # "A left of B": A is placed, B the target
+            assert prompt.index(objects[1][0]) < prompt.index(relation) and meta["include"][1]["class"] == objects[1][0]
+
+
+def test_a_picture_of_something_else_is_wrong_under_genevals_rules():
+    rng = np.random.default_rng(0)
+    _, meta, _, _ = shapes.caption(rng, "counting")
+    shape, n = meta["include"][0]["class"], meta["include"][0]["count"]
+    see = lambda objects: ev.verdict(meta, *shapes.detect(shapes.render(rng, objects).transpose(2, 0, 1)))
+    assert see([(shape, "red")] * n)[0]
+    other = next(s for s in shapes.SHAPES if s != shape)
+    assert "found" in see([(shape, "red")] * (n - 1))[1] and not see([(other, "red")] * n)[0]
+
+
+# ----------------------------------------------------------------------------------- rewards in training
+def shapes_run(folder, **kw):
+    given = {**dict(teacher="meissonic-tiny", random_weights=True, device="cpu", dtype="fp32", batch=4, steps=2, warmup=0,
+                    save_every=1, log_every=1, eval_every=0, reward=True, reward_start=0, out=folder), **kw}
+    c = train.settle(given, train.flags()[1])
+    train.train(c)
+    return torch.load(f"{c.out}/ckpt.pt", weights_only=True), [json.loads(line) for line in open(f"{c.out}/log.jsonl")]
+
+
+def test_reward_training_resumes_to_the_bit_whatever_the_chunks_and_logs_score_and_gradient(tmp_path):
+    whole, log = shapes_run(f"{tmp_path}/whole", reward_chunk=2)
+    shapes_run(f"{tmp_path}/cut", reward_chunk=2, steps=1)
+    cut, _ = shapes_run(f"{tmp_path}/cut", reward_chunk=2, resume=True)
+    assert all(same(whole[k], cut[k]) for k in NETS if k in whole)
+    assert log[0]["grad_reward"] > 0 and log[0]["grad_dimo"] > 0 and "clip" in log[0]
+    _, again = shapes_run(f"{tmp_path}/chunked", reward_chunk=4)
+    assert again[0]["grad_reward"] == pytest.approx(log[0]["grad_reward"], rel=1e-3)
+
+
+def test_reward_without_a_text_teacher_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--reward judges pictures by their prompts, and maskbit-tiny draws classes"):
+        train.settle(dict(teacher="maskbit-tiny", reward=True, out=f"{tmp_path}/x"), train.flags()[1])
+    done = subprocess.run([sys.executable, "train.py", "--teacher", "meissonic-tiny", "--reward", "--rewards", "beauty=1"],
+                          cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown reward 'beauty'" in done.stderr and "Traceback" not in done.stderr

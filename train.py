@@ -3,10 +3,11 @@
     python train.py                                                   # the tiny world, minutes on a laptop's CPU
     python train.py --teacher maskbit --gan --data data/imagenet      # one GPU
     torchrun --nproc_per_node=4 train.py --teacher maskbit --gan      # four, the paper's run
+    python train.py --teacher meissonic-tiny --reward                 # text to image, and a reward on top
     python train.py --out out/run --resume                            # go on after any interruption
 
 Each idea is a flag: --w_dimo 0 leaves the GAN alone, --no-gan leaves Di[M]O alone, --estimator straight-through
-takes the baseline's gradient. Every term of the generator's loss (Eq. 10) is computed as its gradient at the
+takes the baseline's gradient, --reward adds Eq. 9. Every term of the generator's loss (Eq. 10) is computed as its gradient at the
 logits z, so terms are weighed, compared and logged there, and the student is differentiated once: z.backward(g).
 
 All randomness of a step is a function of (seed, step, place in the global batch). So a resumed run repeats nothing
@@ -33,6 +34,7 @@ import evaluate as ev
 from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
+from reward import REWARDS, SEED, load_judges, mix, reward_grad
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
 from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights, replacing
 
@@ -52,7 +54,7 @@ TABLE_5 = {
         data="data/imagenet"),
     "meissonic": dict(
         teacher="meissonic", batch=16, steps=10_000, cfg=4.0, beta=0.0, schedule="cosine", ratio_range=[0.02, 0.98],
-        lr=1e-6, ema=0.9999, checkpointing=True),
+        lr=1e-6, ema=0.9999, checkpointing=True, w_reward=2000.0),
     "maskgen": dict(
         teacher="maskgen", batch=64, steps=50_000, cfg=4.0, beta=0.0, schedule="arccos", lr=1e-6, ema=0.9999,
         w_gan=100.0, gan_ratio=[0.0, 0.95], heads=6, head_width=1024, head_mlp=4096),
@@ -67,7 +69,12 @@ TABLE_5["maskgen-xl"] = dict(TABLE_5["maskgen"], teacher="maskgen-xl")
 TABLE_5["maskbit-tiny"] = dict(
     TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=150, student_start=30,
     lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=75, save_every=50)
-for name, prompts in (("maskgit", None), ("meissonic", "assets/prompts.txt"), ("maskgen", "assets/prompts.txt")):
+TABLE_5["meissonic-tiny"] = dict(
+    TABLE_5["meissonic"], teacher="meissonic-tiny", batch=64, steps=600, cfg=3.0, lr=3e-4, aux_lr=8e-4, ema=0.99,
+    warmup=20, lr_end=0.05, heads=2, head_width=32, head_mlp=32, checkpointing=False, prompts="assets/shapes/prompts.txt",
+    rewards={"clip": 1.0}, w_reward=2.0, reward_start=300, reward_chunk=64, log_every=20, eval_every=300, n_eval=600,
+    save_every=100)
+for name, prompts in (("maskgit", None), ("maskgen", "assets/prompts.txt")):
     TABLE_5[f"{name}-tiny"] = dict(
         TABLE_5[name], teacher=f"{name}-tiny", batch=8, steps=4, lr=1e-4, heads=2, head_width=32, head_mlp=32, gan_start=0,
         data=None, prompts=prompts, eval_every=4, n_eval=16, log_every=1, save_every=2)
@@ -137,6 +144,16 @@ def flags():
     add(g, "head_width", 1024, "channels of a head")
     add(g, "head_mlp", 2048, "hidden width of the last MLP")
     add(g, "feature_noise", 0.0, "std of noise on the teacher's features (App. H.3)")
+    g = ap.add_argument_group("reward (Eq. 9)")
+    add(g, "reward", False, "refine by differentiable rewards, through the tokenizer's decoder; text teachers alone")
+    add(g, "w_reward", 2000.0, "weight of the reward term")
+    add(g, "rewards", SEED, "which, and how they are mixed", type=mix, metavar="NAME=W,NAME=W")
+    add(g, "reward_start", 0, "steps before the reward term joins the student's loss")
+    add(g, "reward_chunk", 1, "images decoded and judged at a time")
+    for name in REWARDS:
+        add(g, f"{name}_weights", None, "local file instead of the published one", type=str)
+    add(g, "bert_vocab", None, "local file instead of the published one, for imagereward", type=str)
+    add(g, "clip_cosine", False, "CLIP's reward is the bare cosine, not 100 times it")
     g = ap.add_argument_group("optimiser")
     add(g, "optimizer", "adam", "adam or adamw", choices=["adam", "adamw"])
     add(g, "lr", 1e-6, "of the student")
@@ -168,12 +185,13 @@ def settle(given, defaults):
     if c.teacher != TABLE_5[name]["teacher"]:
         raise UserError(f"--recipe {name} is for --teacher {TABLE_5[name]['teacher']}, not {c.teacher}")
     c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
-    positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip")
+    positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip",
+                "reward_chunk")
     for key in positive:
         if not getattr(c, key) > 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected a number above 0")
     for key in ("w_dimo", "w_gan", "noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "feature_noise",
-                "gan_start", "student_start", "warmup", "eval_every", "n_eval", "weight_decay", "lr_end", "temperature"):
+                "w_reward", "reward_start", "gan_start", "student_start", "warmup", "eval_every", "n_eval", "weight_decay", "lr_end", "temperature"):
         if not getattr(c, key) >= 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected 0 or more")
     for key in ("noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "lr_end"):
@@ -182,8 +200,10 @@ def settle(given, defaults):
     for key in ("gan_ratio", "ratio_range"):
         if not 0 <= getattr(c, key)[0] <= getattr(c, key)[1] <= 1:
             raise UserError(f"--{key} {getattr(c, key)}: expected 0 <= A <= B <= 1")
-    if c.w_dimo == 0 and (not c.gan or c.w_gan == 0):
-        raise UserError("nothing to train: --w_dimo 0 and no GAN term; add --gan with --w_gan above 0")
+    if c.w_dimo == 0 and not (c.gan and c.w_gan) and not (c.reward and c.w_reward):
+        raise UserError("nothing to train: --w_dimo 0, and neither GAN nor reward; add --gan with --w_gan above 0, or --reward")
+    if c.reward and SPECS[c.teacher].text is None:
+        raise UserError(f"--reward judges pictures by their prompts, and {c.teacher} draws classes: take a text teacher")
     if c.gan and not c.data:
         raise UserError("--gan compares with real images and found none: add --data FOLDER, written by data/imagenet.py "
                         "or data/fashion.py, or leave out --gan")
@@ -214,9 +234,10 @@ def draw_step(c, step, first, count, net, conditions):
     part = slice(first, first + count)
     rand = lambda *shape: torch.rand(c.batch, *shape, generator=gen, device=device)
     unit = (net.L, net.G)
+    which = lambda: torch.randint(len(conditions), (c.batch,), generator=gen, device=device)[part]
 
     def start():       # conditions, random tokens, which of them are masked, embedding noise, the uniforms that draw x_theta
-        return dict(rows=conditions[torch.randint(len(conditions), (c.batch,), generator=gen, device=device)[part]],
+        return dict(which=which(),
                     tokens=torch.randint(net.V, (c.batch, *unit), generator=gen, device=device)[part],
                     scores=rand(*unit)[part], u=rand(*unit)[part],
                     noise=torch.randn(c.batch, net.L, net.width, generator=gen, device=device)[part])
@@ -237,12 +258,12 @@ class RealTokens:
     """Real tokens x (n, L, G), memory-mapped, and their conditions, in an order that is a function of (seed, index)."""
 
     def __init__(self, path, teacher, seed):
-        self.x, self.labels, prompts = load_tokens(path, teacher)
-        self.conditions = teacher.conditions(prompts)
+        self.x, self.labels, self.prompts = load_tokens(path, teacher)
+        self.conditions = teacher.conditions(self.prompts)
         self.seed, self.epoch, self.order = seed, None, None
 
     def batch(self, start, count):
-        """Tokens (count, L, G), and the rows of `conditions` that they belong to."""
+        """Tokens (count, L, G), and which of `conditions` they belong to."""
         rows = []
         for i in range(start, start + count):
             epoch, k = divmod(i, len(self.labels))
@@ -251,7 +272,7 @@ class RealTokens:
                 self.epoch = epoch
             rows.append(self.order[k])
         x, labels = (torch.from_numpy(a[rows].astype(np.int64)) for a in (self.x, self.labels))
-        return x.to(self.conditions.device), self.conditions[labels.to(self.conditions.device)]
+        return x.to(self.conditions.device), labels.to(self.conditions.device)
 
 
 def load_tokens(path, teacher):
@@ -276,7 +297,7 @@ def load_tokens(path, teacher):
                 prompts = f["prompts"].tolist() if text else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
         raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them "
-                        "with data/fashion.py or data/imagenet.py" + "; each label is a line of prompts.txt" * text)
+                        "with " + ("data/prompts.py --images" if text else "data/fashion.py or data/imagenet.py"))
     if not meta.get("complete", True):
         raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
     if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
@@ -348,7 +369,7 @@ def logged(path):
     if not os.path.exists(path):
         return []
     with open(path) as f:
-        return [row for row in map(json.loads, f) if "fid" in row]
+        return [row for row in map(json.loads, f) if "model" in row]
 
 
 def autocast(c):
@@ -360,13 +381,12 @@ def count(module):
 
 
 # ============================================================================================== evaluation
-def student_row(c, teacher, net, model, conditions, metrics, say):
-    """One row of results for a one-step generator, on all processes together; None without an extractor."""
-    if metrics[0] is None or not c.n_eval:
+def student_row(c, teacher, net, model, judge, say):
+    """One row of results for a one-step generator, on all processes together; None without a judge."""
+    if judge is None or not c.n_eval:
         return None
-    rows = ev.in_turn(conditions, c.n_eval)
-    row = ev.evaluate(one_step(c, teacher, net), rows, *metrics, desc=model if say is print else None)
-    say(f"{model}: FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}")
+    row = judge(one_step(c, teacher, net), c.n_eval, desc=model if say is print else None)
+    say(f"{model}: {ev.headline(row)}")
     return dict(model=model, kind="student", steps=1, temperature=c.temperature, **row)
 
 
@@ -381,12 +401,12 @@ def one_step(c, teacher, net):
                              temperature=c.temperature)
 
 
-def finish(c, teacher, start, student, rows, conditions, metrics, say):
+def finish(c, teacher, start, student, rows, conditions, prompts, judge, say):
     """The end of a run: weights in float16 for others to load, a picture, and a table against the teacher's steps.
 
     start is the strip of pictures with which the run began. The teacher's quality is read from the record that ships
     with it (minutes to make: evaluate.py --steps ...); its speed is measured here, on 500 images in batches like the
-    student's: the ratio depends on the machine.
+    student's: the ratio depends on the machine. Where no record ships, the teacher is judged here as well.
     """
     from safetensors.torch import save
 
@@ -404,18 +424,19 @@ def finish(c, teacher, start, student, rows, conditions, metrics, say):
         ev.sheet([(f"teacher, {steps} guided steps", show(c, many, teacher, conditions)),
                   ("start of this run, 1 step", start),
                   ("student, 1 step", show(c, one_step(c, teacher, student), teacher, conditions))],
-                 os.path.join(c.out, "picture.png"))
+                 os.path.join(c.out, "picture.png"), words=prompts and ev.spread(prompts, len(start)))
         say(f"wrote {c.out}/picture.png")
     if not rows:
         return
     with autocast(c):
-        timed = ev.evaluate(many, ev.in_turn(conditions, 500), *metrics, desc="timing the teacher" if first else None)
-    shipped = []
+        timed = judge(many, 500 if teacher.spec.record else c.n_eval, desc="the teacher" if first else None)
     if teacher.spec.record:
         with open(local(teacher.spec.record)) as f:
             shipped = [dict(json.loads(line), model="teacher, shipped record") for line in f]
-    for row in shipped:
-        row.update({k: timed[k] if row["steps"] == steps else None for k in ("images/s", "tokens_only/s")})
+        for row in shipped:
+            row.update({k: timed[k] if row["steps"] == steps else None for k in ("images/s", "tokens_only/s")})
+    else:
+        shipped = [dict(timed, model="teacher", kind="teacher", steps=steps, **teacher.spec.settings(steps))]
     rows = [row for row in shipped if row["n"] == c.n_eval] + rows
     if first:
         with open(os.path.join(c.out, "results.jsonl"), "w") as f:
@@ -463,7 +484,14 @@ def train(c):
         torch.manual_seed(c.seed)                     # the heads' initial weights, the same on every process
         layers = head_layers(net.depth, c.heads)
         disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid).to(device)
-    conditions = real_data.conditions if c.gan else teacher.conditions(ev.read_prompts(c.prompts) if spec.text else None)
+    prompts = None if spec.text is None else real_data.prompts if c.gan else ev.read_prompts(c.prompts)
+    conditions = teacher.conditions(prompts)
+    if c.reward:
+        rewards = load_judges(spec, c.rewards, {name: getattr(c, f"{name}_weights") for name in c.rewards}, c.random_weights,
+                              device=device, dtype=torch.bfloat16 if c.dtype == "bf16" else None, vocab=c.bert_vocab,
+                              clip_scaled=not c.clip_cosine, checkpointing=c.checkpointing)
+        if not c.w_dimo:
+            say("warning: a reward without Di[M]O over-saturates (App. I.10); --w_dimo above 0 anchors it")
 
     params = {k: [p for p in m.parameters() if p.requires_grad] for k, m in nets.items()}
     rates = {"student": c.lr, "aux": c.aux_lr, "disc": c.disc_lr}
@@ -506,19 +534,20 @@ def train(c):
                 f.write(json.dumps(row) + "\n")
 
     # ------------------------------------------------------------------------------------------ evaluation
-    metrics = ev.load_extractor(spec, device)
-    if metrics[0] is None:
+    judge = ev.load_judge(teacher, device)
+    if judge is None:
         say(f"{spec.name}: samples are drawn, not judged; Inception features, and FID, are not part of this version yet")
     rows = logged(log_path)                           # of the part before a resume
 
     def look(model, net, step):
         """FID, a line in the log, and a strip of samples from starts that are the same at every look."""
-        if row := student_row(c, teacher, net, model, conditions, metrics, say):
+        if row := student_row(c, teacher, net, model, judge, say):
             rows.append(row)
             log(dict(step=step, **row))
         if rank == 0:
-            ev.sheet([(model, show(c, one_step(c, teacher, net), teacher, conditions))],
-                     os.path.join(c.out, f"samples_{step:06d}.png"))
+            img = show(c, one_step(c, teacher, net), teacher, conditions)
+            ev.sheet([(model, img)], os.path.join(c.out, f"samples_{step:06d}.png"),
+                     words=prompts and ev.spread(prompts, len(img)))
 
     # --------------------------------------------------------------------------------- compile, then wrap
     if c.compile:                                     # in place: state-dict keys stay as they are
@@ -541,15 +570,16 @@ def train(c):
         factor = lr_factor(step, c.warmup, c.steps, c.lr_end)
         torch.manual_seed((c.seed + 1) * 7_919 + step * world + rank)
         gan_on = c.gan and c.w_gan > 0 and step >= c.gan_start
-        learning = step >= c.student_start and (c.w_dimo > 0 or gan_on)
+        reward_on = c.reward and c.w_reward > 0 and step >= c.reward_start
+        learning = step >= c.student_start and (c.w_dimo > 0 or gan_on or reward_on)
         firsts = [(a * world + rank) * micro for a in range(c.accum)]
         batches = [draw_step(c, step, first, micro, net, conditions) for first in firsts]
 
         # --- Generate logits z_theta and tokens x_theta, update the generator (l. 3-18)
         for a, (r, first) in enumerate(zip(batches, firsts)):
             if c.gan:      # choice: real images bring the labels, so that real and fake share them (App. H.3)
-                r.x_real, r.rows = real_data.batch(step * c.batch + first, micro)
-            r.cond = cond = teacher.cond(r.rows)
+                r.x_real, r.which = real_data.batch(step * c.batch + first, micro)
+            r.cond = cond = teacher.cond(conditions[r.which])
             x_init = initial_tokens(r.tokens, c.init_ratio, r.scores, net.V)                  # l. 4
             with autocast(c), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
                 model = wrapped["student"] if learning else student
@@ -570,6 +600,10 @@ def train(c):
                 with autocast(c):
                     g, _ = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
                 terms["gan"] = c.w_gan / c.accum * g                                          # l. 14
+            if learning and reward_on:
+                asked = [prompts[i] for i in r.which.tolist()]
+                g, scores = reward_grad(r.z, teacher.tokenizer, cond, rewards, asked, c.rewards, chunk=c.reward_chunk)
+                terms["reward"] = c.w_reward / c.accum * g                                    # l. 16
             if learning:
                 with hold(wrapped["student"], a):
                     z.backward(sum(terms.values()))                                           # Eq. (10), l. 18
@@ -583,7 +617,7 @@ def train(c):
         # --- Update the auxiliary, an MDM of the student's tokens (l. 19-21)
         for a, r in enumerate(batches):
             if c.redraw:   # choice: off, x_theta is used again (l. 20); the official code draws all anew, from the new theta
-                r.cond = r.cond if c.gan else teacher.cond(r.again.rows)
+                r.cond = r.cond if c.gan else teacher.cond(conditions[r.again.which])
                 x_init = initial_tokens(r.again.tokens, c.init_ratio, r.again.scores, net.V)
                 with torch.no_grad(), autocast(c):
                     z = student_logits(student, x_init, r.cond, E, bias, c.noise, r.again.noise * unit)
@@ -625,6 +659,8 @@ def train(c):
                        **{f"norm_{k}": v for k, v in norms.items()})              # of all parameters, before clipping
             if c.gan:
                 row.update(loss_disc=loss_disc.detach(), d_real=d_real.detach().mean(), d_fake=d_fake.detach().mean())
+            if "reward" in terms:
+                row.update(scores)                                # of the soft images
             row = {k: round(float(v), 6) for k, v in row.items()}
             row.update(lr=rates["student"] * factor, img_s=round(c.batch * (step + 1 - ticked) / (time.time() - tick), 1))
             tick, ticked = time.time(), step + 1
@@ -638,7 +674,7 @@ def train(c):
         if (step + 1) % c.save_every == 0 or last_step:
             checkpoint(step + 1)
 
-    finish(c, teacher, start, ema, rows, conditions, metrics, say)
+    finish(c, teacher, start, ema, rows, conditions, prompts, judge, say)
 
 
 def main():
