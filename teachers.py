@@ -1293,6 +1293,9 @@ def read_weights(path, role="net"):
 def fetch(repo, name, flag):
     """The local path of a published file: from this repository's assets (repo None), else from the hub."""
     if repo is None:
+        if not os.path.exists(local(name)):
+            raise UserError(f"{name} does not ship with this version: make it (README), name a file of your own by {flag} "
+                            "PATH, or add --random_weights to try the code")
         return local(name)
     try:
         from huggingface_hub import hf_hub_download

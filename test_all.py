@@ -2032,6 +2032,12 @@ def test_a_bare_student_in_the_published_names_is_loaded_beside_its_teacher(tmp_
         assert torch.equal(net.null_text, teacher.net.null_text) and not net.training
 
 
+def test_a_shipped_file_that_is_missing_is_a_sentence():
+    with pytest.raises(UserError, match="assets/none.bin does not ship .*--teacher_weights PATH, or add --random_weights"):
+        teachers.fetch(None, "assets/none.bin", "--teacher_weights")
+    assert os.path.isfile(teachers.fetch(None, "assets/fashion/teacher.safetensors", "--teacher_weights"))
+
+
 def test_without_network_the_message_names_repository_file_and_flag(monkeypatch):
     def no_network(repo, name, **_):
         raise ConnectionError("no route to host")
