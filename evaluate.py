@@ -8,8 +8,8 @@ All compare features of N generated images with features of real ones. With mean
     density, coverage       the same, counting balls, so outliers weigh little; share of real balls with a fake in
 
 None of these is a property of a model alone. FID falls as N grows (below 10,000 by more than papers argue about),
-and it depends on the feature network, the reference images, the resize, the rounding of pixels (here truncation to
-uint8, as in the official code), temperature, guidance, the seed and the labels (here every class equally often).
+and it depends on the feature network, the reference images, the resize, the rounding of pixels (truncated to uint8, or
+rounded, as each teacher's authors do), temperature, guidance, the seed and the labels (here every class equally often).
 So every row of results.jsonl holds all of them, with hashes: compare rows that differ in one.
 
 The tiny world has its own feature network, a small classifier (`FashionNet`). Its features are means and standard
@@ -274,10 +274,15 @@ def to_pixels(teacher, x, cond, start, seconds):
     """Tokens (B, L, G) -> uint8 images, truncated or rounded as the teacher's authors do; always decoded in float32."""
     middle = now(x.device)
     with torch.autocast(x.device.type, enabled=False):
-        img = (decode_tokens(teacher.tokenizer, x, cond) * 255 + teacher.spec.rounds / 2).to(torch.uint8)
+        img = to_bytes(decode_tokens(teacher.tokenizer, x, cond), teacher.spec)
     if seconds is not None:
         seconds.update(tokens=middle - start, pixels=now(x.device) - middle)
     return img
+
+
+def to_bytes(img, spec):
+    """Images in [0, 1] -> uint8, truncated or rounded as the teacher's authors do."""
+    return (img * 255 + spec.rounds / 2).to(torch.uint8)
 
 
 def now(device):
@@ -295,6 +300,30 @@ def all_reduce(t):
     return t
 
 
+def in_batches(make_images, rows, batch, seed, desc, facts):
+    """The images of `rows`, batch by batch, this process's share of them: yields (slice, uint8 images).
+
+    Batch i draws from a generator seeded by (seed, i), and whole batches go to processes in turn. At the end the
+    speed of all processes together is put into `facts`.
+    """
+    device, seconds, timed = rows.device, Counter(), 0
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, math.ceil(len(rows) / batch), world)
+    for i in tqdm(mine, desc, unit="batch", disable=rank > 0 or desc is None, leave=False, dynamic_ncols=True):
+        if i == rank + world:                         # the first batch only warmed caches and kernels up
+            seconds.clear()
+            timed = 0
+        part = slice(i * batch, (i + 1) * batch)
+        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+        generator = torch.Generator(device).manual_seed(own_seed)
+        img = make_images(rows[part], generator=generator, seconds=seconds)
+        timed += len(img)
+        yield part, img
+    rates = [timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])]
+    rates = all_reduce(torch.tensor(rates, dtype=torch.float64, device=device)).tolist()
+    facts.update({"images/s": rates[0] or None, "tokens_only/s": rates[1] or None, "processes": world})
+
+
 @torch.no_grad()
 def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, desc=None):
     """All metrics of len(labels) images, as a dict; desc names the progress bar (none without).
@@ -304,30 +333,17 @@ def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, 
     generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their order, and the
     numbers do not depend on the number of processes. (They do depend on `batch`.)
     """
-    device, n, seconds, timed = labels.device, len(labels), Counter(), 0
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, n = labels.device, len(labels)
     if extractor is not None:
         features, logits = (torch.zeros(n, width, device=device) for width in (extractor.dim, extractor.classes))
         moments = Moments(extractor.dim, reference.mu, device)
-    mine = range(rank, math.ceil(n / batch), world)
-    for i in tqdm(mine, desc, unit="batch", disable=rank > 0 or desc is None, leave=False, dynamic_ncols=True):
-        if i == rank + world:                         # the first batch only warmed caches and kernels up
-            seconds.clear()
-            timed = 0
-        part = slice(i * batch, (i + 1) * batch)
-        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
-        generator = torch.Generator(device).manual_seed(own_seed)
-        img = make_images(labels[part], generator=generator, seconds=seconds)
-        timed += len(img)
+    facts = dict(seed=seed, batch=batch)
+    for part, img in in_batches(make_images, labels, batch, seed, desc, facts):
         if extractor is not None:
             features[part], logits[part] = extract(extractor, img)
             moments.add(features[part])
-    rates = [timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])]
-    rates = all_reduce(torch.tensor(rates, dtype=torch.float64, device=device)).tolist()
-
-    speed = {"images/s": rates[0] or None, "tokens_only/s": rates[1] or None}
     if extractor is None:
-        return dict(n=n, **speed, seed=seed, batch=batch, processes=world)
+        return dict(n=n, **facts)
     all_reduce(features), all_reduce(logits)          # each row is zero but on the process that made it
     mu, sigma = moments.result()
     row = dict(n=n, fid=fid(mu, sigma, reference.mu, reference.sigma),
@@ -335,8 +351,7 @@ def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, 
     row["is"], row["is_std"] = inception_score(logits)
     if reference.features is not None:
         row.update(prdc(reference.features, features, k), k=k)
-    row.update(speed, seed=seed, batch=batch, processes=world,
-               extractor=f"{type(extractor).__name__} {fingerprint(extractor)}", reference=reference.name)
+    row.update(facts, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}", reference=reference.name)
     return row
 
 
@@ -367,29 +382,16 @@ def evaluate_prompts(teacher, rewards, make_images, n, batch=250, seed=0, desc=N
 
     prompts, metadata = benchmark(n, seed)
     rows, names = teacher.conditions(prompts), list(rewards.models)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    right, seconds, timed = torch.zeros(n, 1 + len(names), device=rows.device), Counter(), 0
-    for i in tqdm(range(rank, math.ceil(n / batch), world), desc, unit="batch", disable=rank > 0 or desc is None,
-                  leave=False, dynamic_ncols=True):
-        if i == rank + world:
-            seconds.clear()
-            timed = 0
-        part = slice(i * batch, (i + 1) * batch)
-        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
-        generator = torch.Generator(rows.device).manual_seed(own_seed)
-        img = make_images(rows[part], generator=generator, seconds=seconds)                   # (b, 3, H, W) uint8
-        timed += len(img)
+    right, facts = torch.zeros(n, 1 + len(names), device=rows.device), dict(seed=seed, batch=batch)
+    for part, img in in_batches(make_images, rows, batch, seed, desc, facts):
         scores = rewards(img.float() / 255, prompts[part])
         for j, pixels in enumerate(img.cpu().numpy(), part.start):
             right[j, 0] = verdict(metadata[j], *detect(pixels))[0]
         right[part, 1:] = torch.stack([scores[name] for name in names], 1)
     right = all_reduce(right).double()
-    rates = torch.tensor([timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])], dtype=torch.float64)
-    rates = all_reduce(rates.to(rows.device)).tolist()
     tasks = geneval_table((meta["tag"], r) for meta, r in zip(metadata, right[:, 0].tolist()))
     return {"n": n, "geneval": tasks.pop("overall"), **tasks, **dict(zip(names, right[:, 1:].mean(0).tolist())),
-            "images/s": rates[0] or None, "tokens_only/s": rates[1] or None, "seed": seed, "batch": batch,
-            "processes": world, "reader": "data/shapes.py"}
+            **facts, "reader": "data/shapes.py"}
 
 
 def load_judge(teacher, device="cpu"):

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from soft_embed import soft_embed
-from teachers import PreNormBlock, UserError, byte_pairs, fetch, load_state, local, read_weights, renames
+from teachers import PreNormBlock, UserError, clip_ids, fetch, load_state, local, read_weights, renames
 
 
 # ------------------------------------------------------------------------ pixels
@@ -96,16 +96,8 @@ class ClipReward(nn.Module):
         self.clip, self.size, self.scaled = CLIP(**config), config["vision_cfg"]["image_size"], kind != "hps"
 
     def tokenize(self, prompts):
-        """Prompts -> ids (n, context): start, byte pairs, end, zeros; no template, long prompts are cut.
-
-        # choice: a vocabulary smaller than CLIP's 49,408 folds them; start and end are always its last two ids.
-        """
-        bpe, V = byte_pairs(), self.clip.vocab_size
-        ids = torch.zeros(len(prompts), self.clip.context_length, dtype=torch.long)
-        for row, prompt in zip(ids, prompts):
-            body = [i % (V - 2) for i in bpe.encode(prompt)[: len(row) - 2]]
-            row[: len(body) + 2] = torch.tensor([V - 2, *body, V - 1])
-        return ids
+        """Prompts -> ids (n, context), as they are: no template."""
+        return clip_ids(prompts, self.clip.context_length, self.clip.vocab_size)
 
     def image_features(self, pixels):
         return self.unit(self.clip.encode_image(pixels))                                      # (B, embed)

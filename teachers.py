@@ -45,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dimo import SCHEDULES, exact_mask, guided_logits, mask_ratio, perturb
+from dimo import exact_mask, guided_logits, mask_ratio, perturb
 from soft_embed import embed_tokens, sample_tokens
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -984,19 +984,7 @@ class TextTower(nn.Module):
                                      act_layer=QuickGELU if quick_gelu else nn.GELU)
 
     def tokenize(self, prompts):
-        """A list of prompts -> token ids (n, context): start, byte pairs, end, then zeros; long prompts are cut.
-
-        # choice: in a tiny world's smaller vocabulary the pairs are folded, and the last two entries are start and end.
-        """
-        bpe, V = byte_pairs(), self.vocab
-        ids = torch.zeros(len(prompts), self.context, dtype=torch.int32)
-        for row, prompt in zip(ids, prompts):
-            body = []
-            for i, piece in enumerate(prompt.split("!") if self.pads_with_bang else [prompt]):
-                body += [0] * (i > 0) + bpe.encode(piece)
-            body = [V - 2, *(i % (V - 2) for i in body[: self.context - 2]), V - 1]
-            row[: len(body)] = torch.tensor(body)
-        return ids
+        return clip_ids(prompts, self.context, self.vocab, self.pads_with_bang)
 
     @torch.no_grad()
     def forward(self, ids):
@@ -1029,6 +1017,22 @@ class TextTower(nn.Module):
     """)                                                          # first transformers' names made open_clip's
     published_extras = (r"visual|vision_model|logit_scale$|logit_bias$|input_resolution$|context_length$|vocab_size$"
                         r"|attn_mask$|text_model\.embeddings\.position_ids$")
+
+
+def clip_ids(prompts, context, V, pads_with_bang=False):
+    """A list of prompts -> CLIP's token ids (n, context): start, byte pairs, end, then zeros; long prompts are cut.
+
+    pads_with_bang: every "!" is the padding token, id 0, and splits the prompt (Meissonic's tokenizer). # choice: in a
+    tiny world's vocabulary, V below CLIP's 49,408, the pairs are folded, and the last two entries are start and end.
+    """
+    bpe, ids = byte_pairs(), torch.zeros(len(prompts), context, dtype=torch.int32)
+    for row, prompt in zip(ids, prompts):
+        body = []
+        for i, piece in enumerate(prompt.split("!") if pads_with_bang else [prompt]):
+            body += [0] * (i > 0) + bpe.encode(piece)
+        body = [V - 2, *(i % (V - 2) for i in body[: context - 2]), V - 1]
+        row[: len(body)] = torch.tensor(body)
+    return ids
 
 
 @functools.cache
@@ -1314,10 +1318,12 @@ def source(spec, role, path=None):
     return path or fetch(*spec.files[role], FLAGS[role])
 
 
-def build(spec, role, path=None, random_weights=False, **changes):
+def build(spec, role, path=None, random_weights=False, text_activation=None):
     """The network of a role, net, tokenizer or text, with random weights or those of `path` or the published file."""
     make = {"net": spec.Net, "tokenizer": spec.Tokenizer, "text": TextTower}[role]
-    sizes = {**getattr(spec, role), **changes}
+    sizes = dict(getattr(spec, role))
+    if role == "text" and text_activation:
+        sizes["quick_gelu"] = text_activation == "quick_gelu"
     if random_weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)                      # random weights are the same in every process and every run
@@ -1355,10 +1361,9 @@ def load_teacher(name, teacher_weights=None, tokenizer_weights=None, random_weig
     if name not in SPECS:
         raise UserError(f"unknown teacher {name!r}: expected one of {', '.join(SPECS)}")
     spec, paths = SPECS[name], {"net": teacher_weights, "tokenizer": tokenizer_weights, "text": text_weights}
-    change = {"text": {"quick_gelu": text_activation == "quick_gelu"}} if text_activation else {}
     for role in spec.roles:                           # complain before anything large is read
         random_weights or source(spec, role, paths[role])
-    return assemble(spec, {role: build(spec, role, paths[role], random_weights, **change.get(role, {}))
+    return assemble(spec, {role: build(spec, role, paths[role], random_weights, text_activation)
                            for role in spec.roles}, device)
 
 
@@ -1515,10 +1520,9 @@ def knows(teacher, img, what, batch=8, ratio=0.5):
 def check(args):
     """Report on a teacher's files: found, fitting, how large, and what they know of real images."""
     spec, modules = SPECS[args.check], {}
-    change = {"text": {"quick_gelu": args.text_activation == "quick_gelu"}} if args.text_activation else {}
     for role, path in zip(spec.roles, (args.teacher_weights, args.tokenizer_weights, args.text_weights)):
         try:
-            modules[role] = build(spec, role, path, args.random_weights, **change.get(role, {}))
+            modules[role] = build(spec, role, path, args.random_weights, args.text_activation)
             m, state = modules[role], modules[role].state_dict()
             where = "random weights" if args.random_weights else source(spec, role, path)
             finite = all(torch.isfinite(t).all() for t in state.values())

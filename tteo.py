@@ -286,7 +286,7 @@ def main(args):
                   time=time.strftime("%Y-%m-%d %H:%M:%S"))
     with open(os.path.join(args.out, "results.jsonl"), "a") as f:
         f.write(json.dumps(record) + "\n")
-    pixels = lambda img: (img * 255 + teacher.spec.rounds / 2).to(torch.uint8)
+    pixels = lambda img: ev.to_bytes(img, teacher.spec)
     ev.sheet([(f"{args.starts} starts", pixels(before.every.img[0])), (captions[1], pixels(after.every.img[0])),
               (captions[2], pixels(fresh.img))], os.path.join(args.out, "tteo.png"), columns=args.starts)
 

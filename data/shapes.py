@@ -35,13 +35,14 @@ sys.path.insert(0, ROOT)
 from data.tiny import fit  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import SHAPES_CLIP, SPECS, TextTower, build, replacing  # noqa: E402
+from teachers import SHAPES_CLIP, SPECS, build, clip_ids, replacing  # noqa: E402
 
 SIZE, FINE = 32, 8                                    # pixels a side; drawn FINE times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 HUES = {"red": 0, "orange": 30, "yellow": 58, "green": 125, "blue": 222, "purple": 285}       # degrees
 COLORS = tuple(HUES)
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")       # GenEval's
+MIXED = (*TASKS, "mixture", "mixture")                # what to train on
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RANGE = {1: (11, 19), 2: (9, 13.5), 3: (8.5, 11), 4: (8.5, 10.5)}                             # sides of n objects, pixels
@@ -150,7 +151,7 @@ def render(rng, objects, relation=None):
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
-def scenes(n, seed=0, tasks=(*TASKS, "mixture", "mixture")):
+def scenes(n, seed=0, tasks=MIXED):
     """n scenes of random tasks: (pictures uint8 (n, 3, SIZE, SIZE), prompts, metadata)."""
     img, prompts, metas = np.empty((n, 3, SIZE, SIZE), np.uint8), [], []
     for i in range(n):
@@ -300,7 +301,7 @@ def train(args):
     elif args.train == "clip":
         V, few = 49408, SHAPES_CLIP["text_cfg"]["vocab_size"]     # trained with all of CLIP's vocabulary, then cut
         model = CLIP(**{**SHAPES_CLIP, "text_cfg": {**SHAPES_CLIP["text_cfg"], "vocab_size": V}})
-        ids = TextTower.tokenize(argparse.Namespace(context=16, vocab=V, pads_with_bang=True), unique)
+        ids = clip_ids(unique, 16, V, pads_with_bang=True)
 
         def loss_fn():
             i = batch()
@@ -353,10 +354,9 @@ if __name__ == "__main__":
     if args.accuracy:
         print(json.dumps(accuracy(), indent=1))
     if args.prompts:
-        tasks = (*TASKS, "mixture", "mixture")
         drawn = [np.random.default_rng([args.seed, 78, i]) for i in range(args.n)]
         with replacing(args.prompts) as f:
-            f.write("".join(caption(rng, str(rng.choice(tasks)))[0] + "\n" for rng in drawn).encode())
+            f.write("".join(caption(rng, str(rng.choice(MIXED)))[0] + "\n" for rng in drawn).encode())
     if args.sheet:
         img, prompts, _ = scenes(40)
         page = Image.new("RGB", (10 * 100, 4 * 112), "white")
