@@ -3,7 +3,7 @@
     python data/shapes.py --accuracy            # how often the reader is right on fresh renderings, task by task
     python data/shapes.py --sheet out/shapes.png
 
-A scene is one to four shapes of six colours on a grey, shaded, noisy ground, 32x32 pixels. Size, place, shade and
+A scene is one to four shapes of six colours on a grey, shaded ground, 32x32 pixels. Size, place, shade and
 ground vary, so that many pictures fit a caption. Captions are those of GenEval's six tasks, and free mixtures:
 
     single_object   a ring                          colors       a red ring
@@ -45,8 +45,8 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 MIXED = (*TASKS, "mixture", "mixture")                # what to train on
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RANGE = {1: (11, 19), 2: (9, 13.5), 3: (8.5, 11), 4: (8.5, 10.5)}                             # sides of n objects, pixels
-GAP = 2.5                                             # least distance of two boxes, pixels
+UNIT = 4                                              # sides, places and gaps are multiples of it: the tokens' patch
+SIDES = {1: (3, 4), 2: (2, 3), 3: (2,), 4: (2,)}      # of n objects, in units
 
 
 # ===================================================================================================== captions
@@ -91,28 +91,30 @@ def caption(rng, task):
 
 # ==================================================================================================== renderings
 def place(rng, n, relation=None):
-    """Boxes (x, y, side) of n objects, floats in pixels, apart from each other; box 1 stands in `relation` to box 0."""
-    if n == 0:
-        return []
-    while True:
+    """Boxes (x, y, side) of n objects in pixels, a unit or more apart; box 1 stands in `relation` to box 0.
+
+    All are multiples of UNIT, so that a shape is one of few sets of tokens: a teacher learns to draw it in minutes.
+    """
+    cells = SIZE // UNIT
+    while n:
         boxes = []
         for _ in range(60):
-            side = rng.uniform(*RANGE[n])
-            x, y = rng.uniform(1, SIZE - 1 - side, 2)
-            if all(max(abs(x + side / 2 - u - s / 2), abs(y + side / 2 - v - s / 2)) > (side + s) / 2 + GAP
-                   for u, v, s in boxes):
+            side = int(rng.choice(SIDES[n]))
+            x, y = rng.integers(0, cells - side + 1, 2).tolist()
+            if all(x + side < u or u + s < x or y + side < v or v + s < y for u, v, s in boxes):
                 boxes.append((x, y, side))
             if len(boxes) == n:
                 break
-        if len(boxes) < n:
-            continue
-        if relation is None:
-            return boxes
-        (x0, y0, s0), (x1, y1, s1) = boxes
-        offset = np.array([x1 + s1 / 2 - x0 - s0 / 2, y1 + s1 / 2 - y0 - s0 / 2])
-        along = offset @ RELATIONS[relation]
-        if along > (s0 + s1) / 2 and along > 1.5 * abs(offset @ RELATIONS[relation][::-1]):   # clearly so, not diagonal
-            return boxes
+        if len(boxes) == n and (relation is None or stands(boxes[1], boxes[0], RELATIONS[relation])):
+            return [(x * UNIT, y * UNIT, side * UNIT) for x, y, side in boxes]
+    return []
+
+
+def stands(a, b, direction):
+    """Is box a in a direction (x, y) of box b, clearly so and not diagonally?"""
+    offset = np.array([a[i] + a[2] / 2 - b[i] - b[2] / 2 for i in (0, 1)])
+    along, across = offset @ direction, offset @ direction[::-1]
+    return along > (a[2] + b[2]) / 2 and along > 1.5 * abs(across)
 
 
 def draw_shape(draw, shape, x, y, side, fill):
@@ -142,12 +144,12 @@ def render(rng, objects, relation=None):
     cover = Image.new("L", ink.size)
     for (shape, color), (x, y, side) in zip(objects, place(rng, len(objects), relation)):
         hue = HUES[color or str(rng.choice(COLORS))] + rng.uniform(-5, 5)
-        rgb = colorsys.hsv_to_rgb(hue / 360 % 1, rng.uniform(0.8, 1), rng.uniform(0.75, 1))
+        rgb = colorsys.hsv_to_rgb(hue / 360 % 1, rng.uniform(0.85, 1), rng.uniform(0.8, 1))
         draw_shape(ImageDraw.Draw(ink), shape, x, y, side, tuple(round(255 * v) for v in rgb))
         draw_shape(ImageDraw.Draw(cover), shape, x, y, side, 255)
     fine = lambda img: np.asarray(img, np.float32).reshape(SIZE, FINE, SIZE, FINE, -1).mean((1, 3))
     alpha = fine(cover) / 255                                                                 # (SIZE, SIZE, 1)
-    pixels = fine(ink) + (1 - alpha) * ground + rng.normal(0, 2, (SIZE, SIZE, 3))
+    pixels = fine(ink) + (1 - alpha) * ground
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
@@ -288,7 +290,7 @@ def train(args):
 
     torch.manual_seed(args.seed)
     spec, start, folder = SPECS["meissonic-tiny"], time.time(), os.path.join(ROOT, "assets", "shapes")
-    img, prompts, _ = scenes(args.n, seed=1_000_003)                                          # evaluation has other seeds
+    img, prompts, metas = scenes(args.n, seed=1_000_003)                                      # evaluation has other seeds
     img, unique = torch.from_numpy(img), sorted(set(prompts))
     index = {p: i for i, p in enumerate(unique)}
     which = torch.tensor([index[p] for p in prompts])
@@ -299,12 +301,14 @@ def train(args):
         nn.init.normal_(model.codebook.weight, std=0.5)
         loss_fn = lambda: vq_loss(model, (img[batch()].float() / 255).contiguous(memory_format=torch.channels_last))
     elif args.train == "clip":
-        V, few = 49408, SHAPES_CLIP["text_cfg"]["vocab_size"]     # trained with all of CLIP's vocabulary, then cut
-        model = CLIP(**{**SHAPES_CLIP, "text_cfg": {**SHAPES_CLIP["text_cfg"], "vocab_size": V}})
-        ids = clip_ids(unique, 16, V, pads_with_bang=True)
+        model = CLIP(**SHAPES_CLIP)
+        ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
+        words = [sorted(c.get(k, "") for c in m["include"] for k in ("class", "color")) for m in metas]
+        alike = torch.tensor(sorted(range(len(img)), key=words.__getitem__))                  # same words, side by side
 
-        def loss_fn():
-            i = batch()
+        def loss_fn():                                # half a batch at random, half from the neighbours of its captions
+            i = torch.randint(len(img), (args.batch // 2,))
+            i = alike[torch.cat([i, i + torch.randint(-40, 41, i.shape)]) % len(img)]
             return clip_loss(model, (img[i].float() / 255 - 0.45) / 0.27, ids[which[i]], which[i] == which[i, None])
     else:
         tokenizer, text = (build(spec, role).eval() for role in ("tokenizer", "text"))
@@ -320,12 +324,6 @@ def train(args):
 
     fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16)
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-    if args.train == "clip":                          # 42 pieces are in use; folded into a table of 341 none collide
-        table, used = state["token_embedding.weight"], sorted(set(ids.flatten().tolist()) - {0, V - 2, V - 1})
-        rows = {0: 0, few - 2: V - 2, few - 1: V - 1, **{i % (few - 2): i for i in used}}
-        state["token_embedding.weight"] = torch.zeros(few, table.shape[1]).half()
-        for new, old in rows.items():
-            state["token_embedding.weight"][new] = table[old]
     os.makedirs(folder, exist_ok=True)
     with replacing(os.path.join(folder, f"{args.train}.safetensors")) as f:
         f.write(save(state))
