@@ -23,6 +23,8 @@ says assets/fashion/reference.json.
     python evaluate.py --teacher maskgit --steps 8 --order halton             # a published one; Tab. 2's baseline
     torchrun --nproc_per_node=4 evaluate.py --ckpt ... --n 50000
     python evaluate.py --teacher meissonic-tiny --steps 1 16     # GenEval on the world of shapes, and a CLIP's score
+    python evaluate.py --ckpt ... --benchmark geneval --metadata evaluation_metadata.jsonl --detector mask2former
+    python evaluate.py --ckpt ... --benchmark hps --metadata HPDv2/benchmark                 # and clip, captions.txt
     python evaluate.py --reconstruction                          # the tokenizer: what limits every student
     python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
 """
@@ -30,6 +32,7 @@ says assets/fashion/reference.json.
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,7 +42,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -52,6 +55,7 @@ from tqdm import tqdm
 
 import teachers
 from dimo import initial_tokens, student_logits
+from reward import CLIP_G, CLIP_H, CLIP_L, ClipReward, load_judges, load_model, preprocess_longest, preprocess_pil
 from soft_embed import sample_tokens
 from teachers import (HERE, SPECS, UserError, decode_tokens, load_state, load_student, load_teacher, read_weights,
                       replacing)
@@ -355,20 +359,33 @@ def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, 
     return row
 
 
+def scored(make_images, rows, score, width, batch, seed, desc):
+    """(scores (n, width) float64, facts) of the images of `rows`, where score(slice, uint8 images) -> (b, width)."""
+    scores = torch.zeros(len(rows), width, dtype=torch.float64, device=rows.device)
+    facts = dict(seed=seed, batch=batch)
+    for part, img in in_batches(make_images, rows, batch, seed, desc, facts):
+        with torch.autocast(img.device.type, enabled=False):
+            scores[part] = score(part, img).to(scores)
+    return all_reduce(scores), facts                  # each row is zero but on the process that made it
+
+
 def in_turn(conditions, n):
     """n rows of conditions, 0, 1, ..., then from the first again: every class, or prompt, equally often."""
     return conditions[torch.arange(n, device=conditions.device) % len(conditions)]
 
 
-def read_prompts(path):
-    """The prompts of a text file, one a line, empty lines left out."""
+def read_prompts(path, flag="--prompts", numbered=False):
+    """The prompts of a text file, one a line, empty lines left out; numbered: there must be none but at the end."""
     try:
         with open(teachers.local(path), encoding="utf-8") as f:
-            prompts = [line.strip() for line in f if line.strip()]
+            lines = f.read().rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"--prompts {path}: cannot read ({err}); expected a text file, one prompt a line")
+        raise UserError(f"{flag} {path}: cannot read ({err}); expected a text file, one prompt a line")
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts {path}: no prompt in it; expected a text file, one prompt a line")
+        raise UserError(f"{flag} {path}: no prompt in it; expected a text file, one prompt a line")
+    if numbered and len(prompts) < len(lines):
+        raise UserError(f"{flag} {path}: a line amid it is empty; expected a caption on each, as image i has line i")
     return prompts
 
 
@@ -376,21 +393,24 @@ def read_prompts(path):
 def evaluate_prompts(teacher, rewards, make_images, n, batch=250, seed=0, desc=None):
     """The shapes world's judge: GenEval's six tasks, scored exactly by its reader, and rewards, on n prompts.
 
+    Chroma, max - min of a pixel's colours in [0, 1], tells over-saturation: what becomes of a reward without Di[M]O.
+
     The arguments are those of `evaluate`, and batches go to processes in the same way.
     """
     from data.shapes import benchmark, detect
 
     prompts, metadata = benchmark(n, seed)
     rows, names = teacher.conditions(prompts), list(rewards.models)
-    right, facts = torch.zeros(n, 1 + len(names), device=rows.device), dict(seed=seed, batch=batch)
-    for part, img in in_batches(make_images, rows, batch, seed, desc, facts):
+
+    def score(part, img):
+        right = [verdict(meta, *detect(pixels))[0] for meta, pixels in zip(metadata[part], img.cpu().numpy())]
         scores = rewards(img.float() / 255, prompts[part])
-        for j, pixels in enumerate(img.cpu().numpy(), part.start):
-            right[j, 0] = verdict(metadata[j], *detect(pixels))[0]
-        right[part, 1:] = torch.stack([scores[name] for name in names], 1)
-    right = all_reduce(right).double()
+        chroma = (img.amax(1) - img.amin(1)).float().mean((1, 2)) / 255                       # (b,)
+        return torch.stack([torch.tensor(right).to(chroma), chroma, *(scores[name] for name in names)], 1)
+
+    right, facts = scored(make_images, rows, score, 2 + len(names), batch, seed, desc)
     tasks = geneval_table((meta["tag"], r) for meta, r in zip(metadata, right[:, 0].tolist()))
-    return {"n": n, "geneval": tasks.pop("overall"), **tasks, **dict(zip(names, right[:, 1:].mean(0).tolist())),
+    return {"n": n, "geneval": tasks.pop("overall"), **tasks, **dict(zip(("chroma", *names), right[:, 1:].mean(0).tolist())),
             **facts, "reader": "data/shapes.py"}
 
 
@@ -406,8 +426,6 @@ def load_judge(teacher, device="cpu"):
         return lambda make, n, batch=250, seed=0, desc=None: evaluate(make, in_turn(conditions, n), extractor, reference,
                                                                       batch, seed, desc=desc)
     if spec.rewards and all(os.path.exists(teachers.local(path)) for path, _ in spec.rewards.values()):
-        from reward import load_judges
-
         rewards = load_judges(spec, spec.rewards, device=device)
         return functools.partial(evaluate_prompts, teacher, rewards)
     return None
@@ -423,8 +441,9 @@ def headline(row):
 # ===================================================================================== tables and pictures
 COLUMNS = {"steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
            "geneval": ".3f", "single_object": ".2f", "two_object": ".2f", "counting": ".2f", "colors": ".2f",
-           "position": ".2f", "color_attr": ".2f", "clip": ".2f", "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".1f",
-           "tokens_only/s": ".1f"}                               # key of a row: how it is printed
+           "position": ".2f", "color_attr": ".2f", "clip": ".2f", "chroma": ".3f", "clip_score": ".4f", "hps": ".2f", "anime": ".2f",
+           "concept-art": ".2f", "paintings": ".2f", "photo": ".2f", "precision": ".3f", "recall": ".3f",
+           "density": ".3f", "coverage": ".3f", "images/s": ".1f", "tokens_only/s": ".1f"}   # key of a row: its format
 
 
 def table(rows):
@@ -438,6 +457,7 @@ def table(rows):
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     if small := sorted({row["n"] for row in rows if row["n"] < 10_000 and row.get("fid") is not None}):
         lines += ["", f"N = {', '.join(map(str, small))}: below 10,000, FID is biased upward; compare at equal N."]
+    lines += [line for note in dict.fromkeys(row["note"] for row in rows if row.get("note")) for line in ("", note)]
 
     timed = lambda kind: [row for row in rows if row.get("kind") == kind and row.get("images/s")]
     if timed("teacher") and timed("student"):
@@ -735,7 +755,157 @@ def read_geneval(folder):
         raise UserError(f"cannot read {path} ({err}): expected <index>/metadata.jsonl, <index>/samples/<n>.png")
 
 
+# ========================================================================= GenEval: a detector, a judge of colours
+CLASSES = tuple("""person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,
+parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,
+frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,
+cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,
+bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,
+refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replace("\n", "").split(","))   # COCO's order
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
+TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+RANDOM = "random weights: the numbers of this benchmark say nothing"
+TINY_CLIP = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16),
+                 text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=1, layers=1))       # to try the code
+
+
+class Box(tuple):
+    """(x1, y1, x2, y2) in pixels; `mask`, a bool tensor (H, W), or None, is what of it belongs to the object."""
+
+    mask = None
+
+
+def instances(z_class, z_mask, padded, resized, size, best=100):
+    """Logits of a Mask2Former's queries, (Q, 81) and (Q, h, w) -> {class: [(Box, score), ...]} (mmdetection 2.x).
+
+    padded, resized, size: (H, W) of the network's input, of the image in its upper left corner, and of the image.
+    A score is the class's probability times the mean probability of the mask's pixels. One query may be in several
+    of the `best` pairs (query, class).
+    """
+    p, pair = z_class.softmax(-1)[:, :-1].flatten().topk(min(best, z_class[:, :-1].numel()))  # the last is "nothing"
+    query, label = pair // (z_class.shape[1] - 1), pair % (z_class.shape[1] - 1)
+    z = F.interpolate(z_mask[None], padded, mode="bilinear")[..., : resized[0], : resized[1]]
+    z = F.interpolate(z, size, mode="bilinear")[0]                                            # (Q, H, W)
+    mask = z > 0
+    sure = (z.sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6)
+    down, across = (mask.any(axis).cpu().numpy() for axis in (2, 1))                          # (Q, H), (Q, W)
+    found = {}
+    for s, q, c in zip((p * sure[query]).tolist(), query.tolist(), label.tolist()):
+        y, x = (np.flatnonzero(line[q]).tolist() or [0, -1] for line in (down, across))       # an empty mask: 0, 0, 0, 0
+        box = Box((x[0], y[0], x[-1] + 1, y[-1] + 1))
+        box.mask = mask[q]
+        found.setdefault(CLASSES[c], []).append((box, s))
+    return found
+
+
+def mask2former(net, device="cpu"):
+    """A detector from transformers' Mask2Former: PIL picture -> {class: [(Box, score), ...]}."""
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], device=device).view(2, 3, 1, 1)
+
+    @torch.no_grad()
+    def detector(image):
+        W, H = image.size
+        scale = min(800 / min(W, H), 1333 / max(W, H))
+        h, w = int(H * scale + 0.5), int(W * scale + 0.5)
+        img = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float()     # (1, 3, H, W), 0 to 255
+        img = F.interpolate(img, (h, w), mode="bilinear").round()                             # OpenCV's: no antialias
+        img = F.pad((img - mean) / std, (0, -w % 32, 0, -h % 32))
+        out = net(pixel_values=img)
+        return instances(out.class_queries_logits[0], out.masks_queries_logits[0], img.shape[2:], (h, w), (H, W))
+    return detector
+
+
+def load_mask2former(path=None, random_weights=False, device="cpu"):
+    """transformers' Mask2Former with the 80 classes of COCO, from a folder or the hub; or a tiny random one."""
+    try:
+        from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+    except ImportError:
+        raise UserError("--detector mask2former is transformers' Mask2Former: pip install transformers")
+    if random_weights and not path:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            stages = ["stage1", "stage2", "stage3", "stage4"]
+            swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_features=stages)
+            return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+                backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, num_attention_heads=2,
+                dim_feedforward=32, encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2, num_queries=10,
+                num_labels=80)).to(device).eval()
+    hint = "expected a folder with config.json and model.safetensors, of COCO instances"
+    if path and not os.path.isdir(path):
+        raise UserError(f"--detector_weights {path}: no such folder; {hint}")
+    try:
+        net, said = Mask2FormerForUniversalSegmentation.from_pretrained(path or MASK2FORMER, output_loading_info=True)
+    except Exception as err:                          # no network, another architecture, a file cut short
+        raise UserError(f"cannot load the detector {path or MASK2FORMER} ({type(err).__name__}: "
+                        f"{(str(err).splitlines() or [''])[0][:200]}); {hint}, named by --detector_weights PATH")
+    missing = {*said["missing_keys"], *(k for k, *_ in said["mismatched_keys"])} & {k for k, _ in net.named_parameters()}
+    if missing or net.config.num_labels != len(CLASSES):
+        what = f"lacks {', '.join(sorted(missing)[:3])}" if missing else f"has {net.config.num_labels} classes, not 80"
+        raise UserError(f"the detector {path or MASK2FORMER} {what}; {hint}")
+    return net.to(device).eval()
+
+
+def colour_vectors(model, name, device="cpu"):
+    """A vector for each of COLOURS, (10, embed): of what TEMPLATES say of a thing called `name`, the mean direction."""
+    ids = model.tokenize([words.format(colour, name) for colour in COLOURS for words in TEMPLATES])
+    g = model.text_features(ids.to(device)).unflatten(0, (-1, len(TEMPLATES)))                # (10, 3, embed), length 1
+    return F.normalize(g.mean(1), dim=-1)
+
+
+def colour_judge(model, device="cpu"):
+    """colour_of(PIL picture, box, class) -> the one of COLOURS whose text a CLIP finds nearest to the object.
+
+    The picture is painted grey outside the object's mask, then cut to its box.
+    """
+    vectors = functools.cache(lambda name: colour_vectors(model, name, device))
+
+    def colour_of(image, box, name):
+        if (mask := getattr(box, "mask", None)) is not None:
+            grey = Image.new("RGB", image.size, "#999")
+            image = Image.composite(image, grey, Image.fromarray(mask.cpu().numpy()))
+        pixels = preprocess_pil(image.crop(box), model.size)[None].to(device)
+        return COLOURS[int((vectors(name) @ model.image_features(pixels)[0]).argmax())]
+    return colour_of
+
+
+def load_clip(args, name, config, device):
+    """(a frozen CLIP that measures, what rows say of it); tiny and random if --random_weights has no file for it."""
+    path = getattr(args, f"{name}_weights")
+    tiny = args.random_weights and not path
+    model = load_model(name, functools.partial(ClipReward, TINY_CLIP if tiny else config, name), path, tiny)
+    model = model.to(device).eval().requires_grad_(False)
+    return model, {f"{name}_weights": "random" if tiny else fingerprint(model), **(dict(note=RANDOM) if tiny else {})}
+
+
+def load_detector(args, device):
+    """(detector, colour_of, the classes they know, what rows say of them) for --detector."""
+    words = "{} detects: not comparable with published GenEval, whose detector is another"
+    if args.detector == "shapes":
+        from data.shapes import SHAPES, detect
+
+        see = lambda image: detect(np.array(image).transpose(2, 0, 1))
+        return (lambda image: see(image)[0], lambda image, box, name: see(image)[1](box, name), SHAPES,
+                dict(detector="data/shapes.py", note=words.format("data/shapes.py")))
+    net = load_mask2former(args.detector_weights, args.random_weights, device)
+    model, said = load_clip(args, "clip_l", CLIP_L, device)
+    random = args.random_weights and not (args.detector_weights and args.clip_l_weights)
+    said.update(detector=f"{'random' if random else 'transformers'} mask2former {fingerprint(net)}",
+                note=RANDOM if random else words.format("transformers' Mask2Former"))
+    return mask2former(net, device), colour_judge(model, device), CLASSES, said
+
+
 # =========================================================================================== COCO-30k and HPS v2
+# COCO-30k: a fixed list of 30,000 captions (DMD2's captions_coco14_test.txt), an image each. FID compares with *all*
+# 40,504 images of val2014, and both sides go through `coco_crop` to 256 px, then `clean_resize` to Inception's 299.
+# MJHQ-30k: its 30,000 prompts against its 30,000 images, `clean_resize` alone; the paper states no crop.
+# --benchmark clip --save_images writes the generated side of either.
+def clean_resize(img, size=299):
+    """clean-fid's mode "clean": a picture, or uint8 (H, W, 3) -> float32 (size, size, 3) in [0, 255], not rounded."""
+    channels = np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0)
+    resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC) for c in channels]   # each of mode F
+    return np.stack(resized, 2).clip(0, 255)
+
+
 def coco_crop(img, size=256):
     """A picture as COCO's FID and CLIP score see it, real or generated: uint8 (size, size, 3) (GigaGAN, DMD2)."""
     (W, H), side = img.size, min(img.size)
@@ -758,6 +928,7 @@ def clip_score_tokens(captions):
 
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")      # 800 prompts each
+JPEG = dict(quality=75)
 
 
 def write_hps(root, style, images):
@@ -767,7 +938,7 @@ def write_hps(root, style, images):
     """
     if style not in HPS_STYLES:
         raise ValueError(f"unknown style {style!r}: expected one of {', '.join(HPS_STYLES)}")
-    save_images(os.path.join(root, style), images, "jpg", quality=75)
+    save_images(os.path.join(root, style), images, "jpg", **JPEG)
 
 
 def hps_benchmark(scores_by_style):
@@ -784,6 +955,170 @@ def hps_benchmark(scores_by_style):
         table[style] = round(every[-1].mean().item(), 2), round(every[-1].std(correction=0).item(), 4)
     whole = set(table) == set(HPS_STYLES)
     return {**table, "averaged": round(torch.cat(every).mean().item(), 2) if whole else None}
+
+
+def read_hps(folder):
+    """{style: its 800 prompts}, from the folder `benchmark` of the data set HPDv2."""
+    prompts, wanted = {}, f"expected HPDv2's folder `benchmark`, with {', '.join(f'{s}.json' for s in HPS_STYLES)}"
+    for path in (os.path.join(folder, f"{style}.json") for style in HPS_STYLES):
+        try:
+            with open(path, encoding="utf-8") as f:
+                lines = json.load(f)
+        except (OSError, ValueError) as err:
+            raise UserError(f"cannot read {path} ({err}): {wanted}")
+        if not (isinstance(lines, list) and len(lines) == 800 and all(isinstance(line, str) for line in lines)):
+            got = f"{len(lines)} entries" if isinstance(lines, list) else type(lines).__name__
+            raise UserError(f"{path}: expected a list of 800 strings, got {got}; {wanted}")
+        prompts[os.path.basename(path)[:-5]] = lines
+    return prompts
+
+
+# ======================================================================================= text to image: benchmarks
+class Benchmark(NamedTuple):
+    """What to draw, where it is written, how it is judged."""
+
+    prompts: list                 # one an image
+    lay: Callable                 # lay(folder): the folders below it, still without images
+    score: Callable               # score(folder, slice, [PIL pictures]) -> (b,): writes these images, and judges them
+    row: Callable                 # row(scores (n,) of all images) -> what a row of results says
+
+
+def run_benchmark(bench, teacher, make_images, folder, batch=250, seed=0, desc=None):
+    """Draw an image a prompt, write them below `folder`, judge them: a row. Sharded and seeded as in `evaluate`."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        bench.lay(folder)
+    if dist.is_initialized():
+        dist.barrier()                                # the others write into what the first has laid out
+    rows = teacher.conditions(bench.prompts)
+
+    def score(part, img):
+        pictures = [Image.fromarray(p) for p in img.permute(0, 2, 3, 1).cpu().numpy()]
+        return torch.as_tensor(bench.score(folder, part, pictures))[:, None]
+
+    scores, facts = scored(make_images, rows, score, 1, batch, seed, desc)
+    written = {"folder": folder} if os.path.isdir(folder) else {}
+    return {"n": len(rows), **bench.row(scores[:, 0].cpu()), **facts, **written}
+
+
+def expect_classes(metadata, classes, detector):
+    """Complain of prompts about what the detector cannot find: they would count as wrong."""
+    for line in metadata:
+        if unknown := {c["class"] for c in [*line["include"], *line.get("exclude", [])]} - set(classes):
+            raise UserError(f"--detector {detector} does not know the class {min(unknown)!r} of {line['prompt']!r}; it "
+                            f"knows {', '.join(classes)}")
+
+
+def geneval_benchmark(args, device):
+    """Four images a prompt in GenEval's layout, for its own programs; with --detector scored here, too."""
+    metadata, per, detector, said = read_metadata(args.metadata), args.per_prompt, None, {}
+    if args.detector:
+        detector, colour_of, classes, said = load_detector(args, device)
+        expect_classes(metadata, classes, args.detector)
+    metadata = [line for line in metadata for _ in range(per)]                                # one an image
+
+    def score(folder, part, pictures):
+        right = []
+        for i, img in zip(range(len(metadata))[part], pictures):
+            img.save(os.path.join(folder, f"{i // per:05d}", "samples", f"{i % per:05d}.png"))
+            right.append(detector and verdict(metadata[i], detector(img), functools.partial(colour_of, img))[0])
+        return [float(bool(r)) for r in right]
+
+    def row(scores):
+        tasks = geneval_table((line["tag"], r) for line, r in zip(metadata, scores.tolist())) if detector else {}
+        return {"per_prompt": per, "geneval": tasks.pop("overall", None), **tasks, **said}
+
+    lay = lambda folder: write_geneval(folder, metadata[::per], itertools.repeat((), len(metadata) // per))
+    return Benchmark([line["prompt"] for line in metadata], lay, score, row)
+
+
+def geneval_folder(args, device):
+    """The row of a folder that `write_geneval`, or any other program, wrote."""
+    detector, colour_of, classes, said = load_detector(args, device)
+    lines = [line for line, images in read_geneval(args.geneval_folder) for _ in images]      # is all of it readable?
+    expect_classes(lines, classes, args.detector)
+    if not lines:
+        raise UserError(f"--geneval_folder {args.geneval_folder}: no images; expected <index>/samples/<n>.png in it")
+    rows = tqdm(geneval(args.geneval_folder, detector, colour_of), "GenEval", len(lines), unit="image", leave=False)
+    tasks = geneval_table(rows)
+    return {"model": args.geneval_folder, "kind": "folder", "n": len(lines), "geneval": tasks.pop("overall"), **tasks,
+            **said}
+
+
+def hps_v2_benchmark(args, device):
+    """HPS v2's 3,200 prompts, scored by the v2.1 weights from the JPEGs as written.
+
+    # choice: in float32; hpsv2 itself computes in float16 on a GPU.
+    """
+    prompts = read_hps(args.metadata)
+    model, said = load_clip(args, "hps", CLIP_H, device)
+    places, prompts = [(s, i) for s in HPS_STYLES for i in range(800)], [p for s in HPS_STYLES for p in prompts[s]]
+
+    def score(folder, part, pictures):
+        read = []
+        for (style, i), img in zip(places[part], pictures):
+            path = os.path.join(folder, style, f"{i:05d}.jpg")
+            img.save(path, **JPEG)
+            read.append(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))        # what JPEG left of it
+        pixels = preprocess_longest(torch.stack(read).to(device).float() / 255, model.size)
+        return 100 * model(pixels, model.tokenize(prompts[part]).to(device))                  # 100 cos
+
+    def row(scores):
+        table = hps_benchmark(dict(zip(HPS_STYLES, scores.split(800))))
+        average, words = table.pop("averaged"), [f"{s} {mean:.2f} ({std:.4f})" for s, (mean, std) in table.items()]
+        note = f"HPS v2.1, not comparable with v2.0: {', '.join(words)}, averaged {average:.2f}"
+        return {"hps": average, **{s: mean for s, (mean, _) in table.items()}, "hps_version": "v2.1",
+                "hps_std": {s: std for s, (_, std) in table.items()}, **said,
+                "note": f"{note}; {said['note']}" if "note" in said else note}
+
+    lay = lambda folder: [write_hps(folder, style, ()) for style in HPS_STYLES]
+    return Benchmark(prompts, lay, score, row)
+
+
+def clip_benchmark(args, device):
+    """CLIP score: the mean cosine, not times 100, of ViT-g-14's features of an image and of its caption."""
+    captions = read_prompts(args.metadata, "--metadata", numbered=True)
+    model, said = load_clip(args, "clip_g", CLIP_G, device)
+
+    def score(folder, part, pictures):
+        crops = [Image.fromarray(coco_crop(img)) for img in pictures]
+        for i, img in zip(range(len(captions))[part], {"cropped": crops, "whole": pictures}.get(args.save_images, ())):
+            img.save(os.path.join(folder, f"{i:05d}.png"))
+        f = model.image_features(torch.stack([preprocess_pil(img, model.size) for img in crops]).to(device))
+        return (f * model.text_features(clip_score_tokens(captions[part]).to(device))).sum(-1)
+
+    lay = lambda folder: args.save_images and save_images(folder, (), "png")
+    return Benchmark(captions, lay, score, lambda scores: {"clip_score": scores.mean().item(), **said})
+
+
+BENCHMARKS = {"geneval": (geneval_benchmark, "GenEval's evaluation_metadata.jsonl"),
+              "hps": (hps_v2_benchmark, "HPDv2's folder `benchmark`"), "clip": (clip_benchmark, "a caption a line")}
+
+
+def expect_text(spec, args):
+    if spec.text is None:
+        texts = ", ".join(name for name, other in SPECS.items() if other.text)
+        raise UserError(f"--benchmark {args.benchmark} draws prompts, and {spec.name} draws classes: take --teacher "
+                        f"{texts}, or a student of one of them")
+
+
+def load_benchmark(args, device):
+    """The Benchmark that the flags ask for, or None; everything that it reads is read and checked here."""
+    uses = dict(metadata="geneval hps clip", detector="geneval", detector_weights="geneval", clip_l_weights="geneval",
+                hps_weights="hps", save_images="clip", clip_g_weights="clip")
+    for flag, names in uses.items():
+        if getattr(args, flag) and (args.benchmark or args.geneval_folder and "geneval") not in names.split():
+            raise UserError(f"--{flag} {getattr(args, flag)} belongs to --benchmark {' or '.join(names.split())}")
+    if args.geneval_folder and not args.detector:
+        raise UserError(f"--geneval_folder {args.geneval_folder} is scored here: add --detector mask2former, or shapes")
+    if args.benchmark is None:
+        return None
+    load, wanted = BENCHMARKS[args.benchmark]
+    if not args.metadata:
+        raise UserError(f"--benchmark {args.benchmark} needs --metadata PATH: {wanted}")
+    if (name := args.teacher or (None if args.ckpt else "maskbit-tiny")) in SPECS:
+        expect_text(SPECS[name], args)                # before anything large is read
+    return load(args, device)
 
 
 # ============================================================================================ command line
@@ -822,8 +1157,20 @@ def flags():
     add("--order", choices=["confidence", "halton"], default="confidence",
         help="which of the teacher's tokens are kept first: its surest, or places by a Halton sequence")
 
+    add = ap.add_argument_group("benchmarks of text to image").add_argument
+    add("--benchmark", choices=list(BENCHMARKS), help="draw one, write its images below OUT, score them")
+    add("--metadata", metavar="PATH", help="its prompts: " + "; ".join(f"{b}: {w}" for b, (_, w) in BENCHMARKS.items()))
+    add("--per_prompt", type=number(1, 1000, int), default=4, help="geneval: images a prompt (%(default)s)")
+    add("--detector", choices=["mask2former", "shapes"], help="geneval: score it here, too (published: mmdetection's)")
+    add("--geneval_folder", metavar="DIR", help="score this folder of GenEval's layout by --detector, draw nothing")
+    add("--save_images", nargs="?", const="cropped", choices=["cropped", "whole"],
+        help="clip: keep PNGs for a FID, as CLIP score sees them at 256 px (COCO-30k), or whole (MJHQ-30k)")
+    for name in ("detector", "clip_l", "hps", "clip_g"):
+        add(f"--{name}_weights", metavar="PATH", help="local " + ("folder" if name == "detector" else "file")
+            + " instead of the published one")
+
     add = ap.add_argument_group("how to measure").add_argument
-    add("--n", type=number(1, 10**7, int), default=5000, help="images a row (%(default)s)")
+    add("--n", type=number(1, 10**7, int), default=5000, help="images a row (%(default)s; benchmarks have their own)")
     add("--batch", type=number(1, 10**5, int), help="images a batch of one process (250, fewer where images are large)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of everything random (%(default)s)")
     add("--out", default="out/evaluate", help="folder of results.jsonl (appended) and sheet.png (%(default)s)")
@@ -885,40 +1232,56 @@ def main(args):
     except OSError as err:
         raise UserError(f"--out {args.out}: cannot write there ({err.strerror})")
 
+    system = dict(dtype="bf16" if args.bf16 else "fp32",
+                  device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__)
+    bench = load_benchmark(args, device)
+
     # ---------------------------------------------------------------------------------------- a row each
     rows, pictures = [], []
+
+    def record(row):                                  # at once: hours of one model survive the next one's crash
+        rows.append(row)
+        if first:
+            with open(os.path.join(args.out, "results.jsonl"), "a") as f:
+                f.write(json.dumps({**row, **system, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+
+    if args.geneval_folder:
+        record(geneval_folder(args, device))
     if args.reconstruction:
         teacher = load_teacher(args.teacher or "maskbit-tiny", device=device, **{k: getattr(args, k) for k in FILES})
-        rows += reconstruction(teacher, device, args.n, args.batch or 250)
-    for teacher, make_images, facts in models(args, device):
-        judge = load_judge(teacher, device)
+        for row in reconstruction(teacher, device, args.n, args.batch or 250):
+            record(row)
+    for teacher, make_images, facts in () if args.geneval_folder else models(args, device):
+        if bench:
+            expect_text(teacher.spec, args)
+        judge = None if bench else load_judge(teacher, device)
         if judge and args.n < 10:
             raise UserError(f"--n {args.n}: statistics need 10 images at least")
-        if judge is None and first:
+        if judge is None and bench is None and first:
             print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and so FID, are not part of "
                   "this version yet")
-        prompts = read_prompts(args.prompts or teacher.spec.prompts) if teacher.text else None
+        prompts = (bench.prompts if bench else
+                   read_prompts(args.prompts or teacher.spec.prompts) if teacher.text else None)
         conditions = teacher.conditions(prompts)
         batch = args.batch or min(250, max(1, 2**14 // teacher.net.L))
         shown = [f"{k} {facts[k]:g}" for k in ("steps", "temperature", "guidance") if k in facts]
         caption = ", ".join([facts["model"], *shown])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            if judge:
+            if bench:
+                name = re.sub(r"[^\w.]+", "-", " ".join([teacher.spec.name, caption]))
+                row = run_benchmark(bench, teacher, make_images, os.path.join(args.out, args.benchmark, name), batch,
+                                    args.seed, caption)
+            elif judge:
                 row = judge(make_images, args.n, batch=batch, seed=args.seed, desc=caption)
             else:
                 row = evaluate(make_images, in_turn(conditions, args.n), None, None, batch, args.seed, desc=caption)
             shown = min(args.n, 10 if teacher.spec.image[1] < 100 else 4)
             shown = fixed_sample(make_images, conditions, shown, args.seed)
             pictures.append((caption, shown))
-        rows.append({**facts, **row, "labels": "the shapes benchmark" if "geneval" in row else
+        record({**facts, **row, "labels": args.metadata if bench else "the shapes benchmark" if "geneval" in row else
                      f"{args.prompts or teacher.spec.prompts} in turn" if teacher.text else "each class in turn",
                      "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"})
-    system = dict(dtype="bf16" if args.bf16 else "fp32",
-                  device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-                  torch=torch.__version__, time=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first:
-        with open(os.path.join(args.out, "results.jsonl"), "a") as f:
-            f.writelines(json.dumps({**row, **system}) + "\n" for row in rows)
         if pictures:
             words = spread(prompts, len(pictures[0][1])) if prompts else None
             sheet(pictures, os.path.join(args.out, "sheet.png"), words=words)

@@ -34,9 +34,11 @@ import math
 import unicodedata
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from soft_embed import soft_embed
@@ -76,9 +78,23 @@ def preprocess_longest(img, size=224):
     return normalise(F.pad(resize(img, h, w), (left, size - w - left, top, size - h - top)))
 
 
+def preprocess_pil(img, size=224):
+    """As open_clip evaluates: a PIL picture -> (3, size, size), resized by PIL, which rounds to bytes and clamps."""
+    (W, H), short = img.size, min(img.size)
+    w, h = int(size * W / short), int(size * H / short)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    img = img.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)).convert("RGB")
+    return normalise(torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 255)
+
+
 # ------------------------------------------------------------------------ CLIP, HPS v2.1, PickScore
 CLIP_H = dict(embed_dim=1024, vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14),
               text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24))
+# Two that measure and never teach (evaluate.py): CLIP score's, and GenEval's judge of colours.
+CLIP_G = dict(CLIP_H, vision_cfg=dict(image_size=224, layers=40, width=1408, head_width=88, mlp_ratio=4.3637,
+                                      patch_size=14))
+CLIP_L = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
+              text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
 
 
 class ClipReward(nn.Module):
@@ -301,6 +317,8 @@ REWARDS = {"clip": Published("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip
            "hps": Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", 1.0),
            "pickscore": Published("yuvalkirstain/PickScore_v1", "model.safetensors", 30.0),
            "imagereward": Published("THUDM/ImageReward", "ImageReward.pt", 2.0)}
+JUDGES = {"clip_g": Published("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.bin", 1.0),
+          "clip_l": Published("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", 1.0)}
 VOCAB = ("google-bert/bert-base-uncased", "vocab.txt")
 SEED = {"imagereward": 1.0, "clip": 0.2}                                                      # Tab. 5, 9
 RENO = {"hps": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}                      # test time (Sec. 4.3)
@@ -346,6 +364,18 @@ def check_prompts(prompts, B):
         raise UserError(f"expected a list of {B} prompts, one string an image, got {got}")
 
 
+def load_model(name, make, path=None, random_weights=False):
+    """What make() builds, with the weights of `path`, else those published for `name`, or always the same random ones."""
+    if random_weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return make()
+    path = path or fetch(*{**REWARDS, **JUDGES}[name][:2], f"--{name}_weights")
+    with torch.device("meta"):                                    # no time lost on initial values
+        model = make()
+    return load_state(model.to_empty(device="cpu"), read_weights(local(path)), path)
+
+
 def load_rewards(names, paths={}, device="cpu", dtype=None, vocab=None, random_weights=False, configs={},
                  clip_scaled=True, checkpointing=False):
     """The frozen rewards called `names`: Rewards.
@@ -360,19 +390,11 @@ def load_rewards(names, paths={}, device="cpu", dtype=None, vocab=None, random_w
         raise UserError(f"expected names of rewards, in float32 or bfloat16; got {list(names)}, {dtype}")
     models = {}
     for name in names:
-        make, path = functools.partial(ClipReward, configs.get(name, CLIP_H), name), paths.get(name)
+        make = functools.partial(ClipReward, configs.get(name, CLIP_H), name)
         if name == "imagereward":
             vocab = vocab or (None if random_weights else fetch(*VOCAB, "--bert_vocab"))
             make = functools.partial(ImageReward, wordpiece=WordPiece(vocab), **configs.get(name, {}))
-        if random_weights:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = make()
-        else:
-            path = path or fetch(REWARDS[name].repo, REWARDS[name].file, f"--{name}_weights")
-            with torch.device("meta"):                            # no time lost on initial values
-                model = make()
-            load_state(model.to_empty(device="cpu"), read_weights(local(path)), path)
+        model = load_model(name, make, paths.get(name), random_weights)
         if name == "imagereward" and vocab and len(model.wordpiece.ids) + 2 != model.words.num_embeddings:
             raise UserError(f"{vocab} has {len(model.wordpiece.ids)} pieces, expected "
                             f"{model.words.num_embeddings - 2}: is it the vocabulary of bert-base-uncased?")

@@ -115,6 +115,7 @@ def flags():
     add(g, "text_activation", None, "of the text encoder, where its files leave it open", choices=["gelu", "quick_gelu"])
     add(g, "random_weights", False, "no files at all: to try memory and speed")
     add(g, "prompts", None, "what text teachers are asked for: a text file, one prompt a line; with --gan the data's", type=str)
+    add(g, "text_cache", "memory", "where prompts' features are kept: memory, off, or a folder, for later runs too", metavar="WHERE")
     add(g, "cfg", 1.5, "teacher guidance w of u + w (c - u)")
     add(g, "cfg_low", 1.0, "where guidance falls to as the mask ratio falls, with --cfg_schedule linear or cosine")
     add(g, "cfg_schedule", "constant", "guidance over the mask ratio (App. I.9)", choices=["constant", "linear", "cosine"])
@@ -309,6 +310,48 @@ def load_tokens(path, teacher):
     return x, labels, prompts
 
 
+class TextFeatures:
+    """The conditions that prompts stand for, each prompt encoded once: when first drawn, kept in memory or in a folder.
+
+    16 prompts at a time, always, so that a prompt's features are the same bits whichever others are new with it, and a
+    resumed run stays exact. conditions (n, context) are token ids. In a folder (`--text_cache`) features outlive the run,
+    for the same prompts and tower: a sparse file for each part of the condition, the last says which rows are filled in.
+    """
+
+    CHUNK = 16
+
+    def __init__(self, teacher, conditions, cache="memory", limit=16e9):
+        self.teacher, self.conditions, self.parts, self.why = teacher, conditions, None, None
+        if cache == "off" or teacher.text is None:
+            return
+        first, n = [part[:1].cpu() for part in teacher.cond(conditions[:1])], len(conditions)
+        shapes = [((n, *part.shape[1:]), part.dtype) for part in first] + [((n,), torch.bool)]
+        if cache == "memory":                         # untouched pages take none
+            if (size := n * sum(part.nbytes for part in first)) > limit:
+                self.why = (f"the features of {n:,} prompts would take {size / 1e9:.0f} GB of memory: each is encoded whenever "
+                            "it is drawn. --text_cache FOLDER keeps them on disk")
+                return
+            *self.parts, self.known = (torch.zeros(shape, dtype=dtype) for shape, dtype in shapes)
+        else:
+            folder = os.path.join(cache, f"{teacher.spec.name}-{ev.fingerprint([conditions, *first])}")
+            os.makedirs(folder, exist_ok=True)
+            *self.parts, self.known = (
+                torch.from_file(os.path.join(folder, f"{i}.bin"), True, math.prod(shape), dtype=dtype).view(shape)
+                for i, (shape, dtype) in enumerate(shapes))
+
+    def __call__(self, which):
+        """cond of rows `which` (B,) of the conditions."""
+        if self.parts is None:
+            return self.teacher.cond(self.conditions[which])
+        rows = which.cpu()
+        for new in filter(len, rows[~self.known[rows]].unique().split(self.CHUNK)):
+            full = new[torch.arange(self.CHUNK) % len(new)]
+            for part, c in zip(self.parts, self.teacher.cond(self.conditions[full.to(which.device)])):
+                part[new] = c[: len(new)].cpu()
+            self.known[new] = True                    # after the features: a killed run leaves no holes
+        return tuple(part[rows].to(which.device) for part in self.parts)
+
+
 def lr_factor(n, warmup, steps, end=1.0):
     """Linear warm-up (the first update has rate 0), then constant, or a cosine down to the share `end`."""
     if n < warmup:
@@ -486,6 +529,9 @@ def train(c):
         disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid).to(device)
     prompts = None if spec.text is None else real_data.prompts if c.gan else ev.read_prompts(c.prompts)
     conditions = teacher.conditions(prompts)
+    features = TextFeatures(teacher, conditions, c.text_cache)
+    if features.why:
+        say(features.why)
     if c.reward:
         rewards = load_judges(spec, c.rewards, {name: getattr(c, f"{name}_weights") for name in c.rewards}, c.random_weights,
                               device=device, dtype=torch.bfloat16 if c.dtype == "bf16" else None, vocab=c.bert_vocab,
@@ -579,7 +625,7 @@ def train(c):
         for a, (r, first) in enumerate(zip(batches, firsts)):
             if c.gan:      # choice: real images bring the labels, so that real and fake share them (App. H.3)
                 r.x_real, r.which = real_data.batch(step * c.batch + first, micro)
-            r.cond = cond = teacher.cond(conditions[r.which])
+            r.cond = cond = features(r.which)
             x_init = initial_tokens(r.tokens, c.init_ratio, r.scores, net.V)                  # l. 4
             with autocast(c), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
                 model = wrapped["student"] if learning else student
@@ -617,7 +663,7 @@ def train(c):
         # --- Update the auxiliary, an MDM of the student's tokens (l. 19-21)
         for a, r in enumerate(batches):
             if c.redraw:   # choice: off, x_theta is used again (l. 20); the official code draws all anew, from the new theta
-                r.cond = r.cond if c.gan else teacher.cond(conditions[r.again.which])
+                r.cond = r.cond if c.gan else features(r.again.which)
                 x_init = initial_tokens(r.again.tokens, c.init_ratio, r.again.scores, net.V)
                 with torch.no_grad(), autocast(c):
                     z = student_logits(student, x_init, r.cond, E, bias, c.noise, r.again.noise * unit)

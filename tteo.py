@@ -21,6 +21,7 @@ iterations 2.52, with four 5.66. The last two are k F + (k - 1) B with F = 0.95 
 0.95 is what the best-of-N times give for four starts.
 
     python tteo.py --ckpt out/run/ckpt.pt --prompt "a blue ring above a green square"
+    python tteo.py --ckpt out/run/ckpt.pt --benchmark 300         # one start, TTEO, best-of-N: GenEval on shapes
     python tteo.py --ckpt student.pt --teacher maskgen --prompt "..." --rewards clip --starts 8 --iterations 2
 """
 
@@ -190,10 +191,12 @@ def flags():
 
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument_group("what to draw, and who draws").add_argument
-    add("--prompt", required=True, help="what to draw")
+    what = ap.add_mutually_exclusive_group(required=True).add_argument
+    what("--prompt", help="what to draw")
+    what("--benchmark", type=number(6, 10**5, int), metavar="N", help="N prompts of the world of shapes, and GenEval of all")
     add("--ckpt", metavar="PATH", help="the student: a checkpoint of train.py, or bare weights with --teacher; "
         "without, the teacher itself takes the one step")
-    add("--teacher", metavar="NAME", help="a text teacher: meissonic, maskgen, maskgen-xl")
+    add("--teacher", metavar="NAME", help="a text teacher: meissonic, maskgen, maskgen-xl, meissonic-tiny")
     for role in ("teacher", "tokenizer", "text", *JUDGES):
         add(f"--{role}_weights", metavar="PATH", help="local file instead of the published one")
     add("--bert_vocab", metavar="PATH", help="likewise, for imagereward's tokenizer")
@@ -218,6 +221,50 @@ def flags():
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", default="out/tteo", help="folder of results.jsonl (appended) and tteo.png (%(default)s)")
     return ap
+
+
+def benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd, batch=20):
+    """N prompts drawn thrice: from one start, with TTEO, by best-of-N in TTEO's time. GenEval and rewards of each.
+
+    Three columns of Tab. 6, on the world where GenEval is exact. Pictures are the soft ones in all three.
+    """
+    import evaluate as ev
+    from data.shapes import detect
+    from data.shapes import benchmark as shapes
+    from teachers import UserError
+
+    if not teacher.spec.rewards:
+        raise UserError(f"--benchmark is of the world of shapes, which {teacher.spec.name} does not draw: give it a --prompt")
+    prompts, metadata = shapes(args.benchmark, args.seed)
+    ways = {"1 start": (1, 1), f"TTEO, {args.starts} starts x {args.iterations}": (args.starts, args.iterations)}
+    rows, sheets = [], []
+
+    def draw(n, k, some, seed):
+        generator = torch.Generator(args.device).manual_seed(seed)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            return tteo(teacher, net, some, loss_of, n, k, generator=generator, **start, **sgd)
+
+    draw(2, 2, prompts[:batch], 0)                                # untimed: the first pass of anything is slow
+    slow, fast = (draw(n, k, prompts[:batch], 0).seconds for n, k in ((args.starts, args.iterations), (args.starts, 1)))
+    n = max(1, round(args.starts * slow / fast))
+    for name, (n, k) in {**ways, f"best of {n}": (n, 1)}.items():
+        seconds, right, scores, shown = 0.0, [], [], []
+        for i in ev.tqdm(range(0, len(prompts), batch), name, unit="batch", dynamic_ncols=True):
+            found = draw(n, k, prompts[i : i + batch], args.seed + i)
+            seconds += found.seconds
+            with torch.no_grad():
+                scores.append(rewards(found.img, prompts[i : i + batch]))
+            shown.append(ev.to_bytes(found.img, teacher.spec))
+            right += [ev.verdict(meta, *detect(img))[0] for meta, img in zip(metadata[i:], shown[-1].cpu().numpy())]
+        tasks = ev.geneval_table((meta["tag"], ok) for meta, ok in zip(metadata, right))
+        rows.append({"model": name, "steps": 1, "n": len(prompts), "geneval": tasks.pop("overall"), **tasks,
+                     **{name: torch.cat([s[name] for s in scores]).mean().item() for name in weights},
+                     "images/s": len(prompts) / seconds})
+        sheets.append((name, torch.cat(shown)[:20]))
+    with open(os.path.join(args.out, "results.jsonl"), "a") as f:
+        f.writelines(json.dumps({**row, **sgd, **start, "student": ev.fingerprint(net), "seed": args.seed}) + "\n" for row in rows)
+    ev.sheet(sheets, os.path.join(args.out, "tteo.png"), words=prompts[:20])
+    print(ev.table(rows))
 
 
 def main(args):
@@ -251,10 +298,13 @@ def main(args):
     for m in (net, teacher.tokenizer):
         m.set_checkpointing(args.checkpointing)
 
-    # ---------------------------------- the same starts without and with; then more starts in the same time
     config = {**teacher.spec.student, **config}
     start = {k: config[k] for k in ("init_ratio", "noise")}
     sgd = {k: getattr(args, k) for k in ("lr", "momentum", "clip", "regularise")}
+    if args.benchmark:
+        return benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd)
+
+    # ---------------------------------- the same starts without and with; then more starts in the same time
     from_seed = lambda seed: dict(start, chunk=args.chunk or args.starts,       # equal batches, so times compare
                                   generator=torch.Generator(args.device).manual_seed(seed))
     ask = teacher, net, [args.prompt], loss_of

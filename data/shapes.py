@@ -3,8 +3,9 @@
     python data/shapes.py --accuracy            # how often the reader is right on fresh renderings, task by task
     python data/shapes.py --sheet out/shapes.png
 
-A scene is one to four shapes of six colours on a grey, shaded ground, 32x32 pixels. Size, place, shade and
-ground vary, so that many pictures fit a caption. Captions are those of GenEval's six tasks, and free mixtures:
+A scene is one to four shapes of six colours on a grey ground, even or sloping, 32x32 pixels. Size, place, shade and
+ground vary, so that many pictures fit a caption; but in steps, not continuously, or most of what a teacher has to learn
+would be which of many nearly equal tokens comes next. Captions are those of GenEval's six tasks, and free mixtures:
 
     single_object   a ring                          colors       a red ring
     two_object      a ring and a square             color_attr   a red ring and a blue square
@@ -46,6 +47,8 @@ MIXED = (*TASKS, "mixture", "mixture")                # what to train on
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 UNIT = 4                                              # sides, places and gaps are multiples of it: the tokens' patch
+CODES = 512                                           # of the tokenizer while it is trained; fewer remain
+GREYS, SHADES = (70, 100, 130, 160, 190), (0.8, 1.0)  # of the ground; HSV values of a shape
 SIDES = {1: (3, 4), 2: (2, 3), 3: (2,), 4: (2,)}      # of n objects, in units
 
 
@@ -135,16 +138,13 @@ def draw_shape(draw, shape, x, y, side, fill):
 
 def render(rng, objects, relation=None):
     """A picture (SIZE, SIZE, 3), uint8, of objects [(shape, color or None for any)]."""
-    low, high = rng.uniform(60, 190) + rng.uniform(-25, 25, 2)
-    angle = rng.uniform(0, 2 * math.pi)
-    ramp = np.linspace(-0.5, 0.5, SIZE)
-    shade = (low + high) / 2 + (high - low) * (math.cos(angle) * ramp + math.sin(angle) * ramp[:, None])     # (SIZE, SIZE)
-    ground = shade[..., None] + rng.uniform(-8, 8, 3)                                         # a slight tint
+    ramp, flat = np.broadcast_to(np.linspace(-20, 20, SIZE), (SIZE, SIZE)), np.zeros((SIZE, SIZE))
+    grounds = (flat, ramp, -ramp, ramp.T, -ramp.T)                                            # even, or a slope of grey
+    ground = (int(rng.choice(GREYS)) + grounds[rng.integers(5)])[..., None]                   # (SIZE, SIZE, 1)
     ink = Image.new("RGB", (SIZE * FINE,) * 2)
     cover = Image.new("L", ink.size)
     for (shape, color), (x, y, side) in zip(objects, place(rng, len(objects), relation)):
-        hue = HUES[color or str(rng.choice(COLORS))] + rng.uniform(-5, 5)
-        rgb = colorsys.hsv_to_rgb(hue / 360 % 1, rng.uniform(0.85, 1), rng.uniform(0.8, 1))
+        rgb = colorsys.hsv_to_rgb(HUES[color or str(rng.choice(COLORS))] / 360, 0.9, rng.choice(SHADES))
         draw_shape(ImageDraw.Draw(ink), shape, x, y, side, tuple(round(255 * v) for v in rgb))
         draw_shape(ImageDraw.Draw(cover), shape, x, y, side, 255)
     fine = lambda img: np.asarray(img, np.float32).reshape(SIZE, FINE, SIZE, FINE, -1).mean((1, 3))
@@ -237,26 +237,50 @@ def accuracy(n=6000, seed=5):
 
 
 # ================================================================================ the tiny teacher, from scratch
+def pixel_loss(out, img):
+    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
+    return (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
+
+
 def vq_loss(tok, img):
     """VQ-VAE's loss: reconstruction of pixels and edges, straight-through codes, codebook and commitment terms.
 
-    Codes that no latent of a batch of 4,096 chose are moved to latents, or most of the codebook would never be used.
+    Codes that no latent of a batch chose for long are moved to latents that lie far from theirs, or most of the codebook
+    would never be used; far ones, or most of it would say the same of the ground, which most latents are of.
     """
     z = tok.latents(img).float()                                                              # (B, embed, h, w)
     flat = z.flatten(2).transpose(1, 2)                                                       # (B, L, embed)
     x = tok.nearest(flat)
     q = tok.codebook.weight[x].transpose(1, 2).unflatten(2, z.shape[2:])
     out = tok.decoder(tok.post_quant_conv(z + (q - z).detach())).float()
-    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
-    recon = (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
+    recon = pixel_loss(out, img)
     loss = recon + (q - z.detach()).square().mean() + 0.25 * (z - q.detach()).square().mean()
     with torch.no_grad():
         tok.unused = (tok.unused + 1) * (torch.bincount(x.flatten(), minlength=tok.V) == 0)
         dead = (tok.unused > 20).nonzero()[:, 0]
         if tok.training and len(dead):
-            tok.codebook.weight[dead] = flat.reshape(-1, flat.shape[-1])[torch.randint(x.numel(), (len(dead),))]
+            rows, error = flat.flatten(0, 1), (q - z).square().sum(1).flatten()               # (B L, embed), (B L,)
+            tok.codebook.weight[dead] = rows[error.multinomial(len(dead))]
             tok.unused[dead] = 0
     return loss, dict(recon=recon.detach(), used=(tok.unused < 20).sum())
+
+
+@torch.no_grad()
+def merge_codes(tok, img, V):
+    """The V codes (indices, ascending) that remain when of the two nearest ones the rarer is dropped, again and again.
+
+    Quantisers split what is frequent, not what matters: most codes are for grounds, and which one a patch of ground
+    takes depends on the rest of the picture, as the encoder's norms are of all of it. To a teacher that is noise.
+    """
+    use = sum(torch.bincount(tok.encode(part.float() / 255).flatten(), minlength=tok.V) for part in img.split(500))
+    gap = torch.cdist(tok.codebook.weight, tok.codebook.weight).fill_diagonal_(math.inf)
+    for _ in range(tok.V - V):
+        pair = divmod(int(gap.argmin()), tok.V)
+        rarer = min(pair, key=lambda k: int(use[k]))
+        use[max(pair, key=lambda k: int(use[k]))] += use[rarer]
+        gap[rarer], gap[:, rarer] = math.inf, math.inf
+        use[rarer] = 0
+    return use.nonzero()[:, 0]
 
 
 def clip_loss(model, img, ids, same):
@@ -279,7 +303,7 @@ def teacher_loss(net, x, cond):
     cond = [torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), n, c) for c, n in zip(cond, net.null(cond))]
     cond[3] = torch.randint(64, (len(x),)) * (torch.rand(len(x)) < 0.5).float()
     z = net(embed_tokens(x.masked_fill(mask, net.V), *net.tables()), tuple(cond))
-    loss = F.cross_entropy(z[mask], x[mask], label_smoothing=0.1)
+    loss = F.cross_entropy(z.flatten(0, 2), x.masked_fill(~mask, -100).flatten(), label_smoothing=0.1)  # -100: none
     return loss, dict(masked=loss.detach())
 
 
@@ -296,10 +320,21 @@ def train(args):
     which = torch.tensor([index[p] for p in prompts])
     batch = lambda: torch.randint(len(img), (args.batch,))
     if args.train == "tokenizer":
-        model = spec.Tokenizer(**spec.tokenizer).to(memory_format=torch.channels_last)
+        model = spec.Tokenizer(**{**spec.tokenizer, "V": CODES}).to(memory_format=torch.channels_last)
         model.unused = torch.zeros(model.V)
         nn.init.normal_(model.codebook.weight, std=0.5)
         loss_fn = lambda: vq_loss(model, (img[batch()].float() / 255).contiguous(memory_format=torch.channels_last))
+    elif args.train == "decoder":                     # it was trained with more codes than remain
+        tokenizer = build(spec, "tokenizer").eval().to(memory_format=torch.channels_last)
+        model = nn.ModuleDict({k: getattr(tokenizer, k) for k in ("post_quant_conv", "decoder")})
+        with torch.no_grad():
+            x = torch.cat([tokenizer.encode(part.float() / 255) for part in img.split(500)])
+
+        def loss_fn():
+            i = batch()
+            out = tokenizer.decode(embed_tokens(x[i], *tokenizer.tables()), (), clamp=False).float()
+            recon = pixel_loss(out, img[i].float() / 255)
+            return recon, dict(recon=recon.detach())
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
         ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
@@ -322,10 +357,14 @@ def train(args):
             i = batch()
             return teacher_loss(model, x[i], [c[which[i]] for c in features])
 
-    fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16)
+    fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16, muon=args.train == "teacher")
+    if args.train == "tokenizer":
+        model.codebook.weight = nn.Parameter(model.codebook.weight[merge_codes(model, img, spec.tokenizer["V"])])
+    model = tokenizer if args.train == "decoder" else model
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     os.makedirs(folder, exist_ok=True)
-    with replacing(os.path.join(folder, f"{args.train}.safetensors")) as f:
+    part = "tokenizer" if args.train == "decoder" else args.train
+    with replacing(os.path.join(folder, f"{part}.safetensors")) as f:
         f.write(save(state))
     record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
     with replacing(os.path.join(folder, f"{args.train}.json")) as f:
@@ -336,7 +375,7 @@ def train(args):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
-    ap.add_argument("--train", choices=["tokenizer", "clip", "teacher"], help="make a part of assets/shapes, in this order")
+    ap.add_argument("--train", choices=["tokenizer", "decoder", "clip", "teacher"], help="make a part of assets/shapes, in this order")
     ap.add_argument("--go_on", action="store_true", help="train the shipped teacher further, not a new one")
     ap.add_argument("--n", type=int, default=40_000, help="scenes to train on (%(default)s)")
     ap.add_argument("--steps", type=int, default=3000)

@@ -27,22 +27,32 @@ from soft_embed import embed_tokens  # noqa: E402
 from teachers import SPECS, BitTokenizer, MaskBit, UserError, bits_of, decode_tokens, replacing  # noqa: E402
 
 
-def fit(model, loss_fn, steps, lr, betas=(0.9, 0.99), weight_decay=0.01, ema_decay=0.999, bf16=False):
-    """Minimise loss_fn() for `steps` steps of AdamW, warm-up then cosine; leaves the average of the weights."""
-    opt = torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=weight_decay)
+def fit(model, loss_fn, steps, lr, betas=(0.9, 0.99), weight_decay=0.01, ema_decay=0.999, bf16=False, muon=False):
+    """Minimise loss_fn() for `steps` steps of AdamW, warm-up then cosine; leaves the average of the weights.
+
+    muon: matrices of the blocks by Muon instead (Jordan et al. 2024), scaled as AdamW: the shapes teacher's loss after
+    300 steps is 5.51, not 5.77.
+    """
+    of_blocks = lambda name, p: muon and p.ndim == 2 and "emb" not in name
+    rest = [p for name, p in model.named_parameters() if not of_blocks(name, p)]
+    opts = [torch.optim.AdamW(rest, lr, betas, weight_decay=weight_decay)]
+    if muon:
+        blocks = [p for name, p in model.named_parameters() if of_blocks(name, p)]
+        opts += [torch.optim.Muon(blocks, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
     factor = lambda n: min(1.0, (n + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * n / steps)) / 2)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
     bar = tqdm(range(steps), mininterval=5, unit="step")
     device = next(model.parameters()).device.type
     for n in bar:
-        for group in opt.param_groups:
+        for group in (group for opt in opts for group in opt.param_groups):
             group["lr"] = lr * factor(n)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss, log = loss_fn()
-        opt.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
+        for opt in opts:
+            opt.step()
         rate = min(ema_decay, (1 + n) / (10 + n))
         for k, v in model.state_dict().items():
             ema[k].lerp_(v, 1 - rate)
