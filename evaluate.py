@@ -12,6 +12,9 @@ and it depends on the feature network, the reference images, the resize, the rou
 rounded, as each teacher's authors do), temperature, guidance, the seed and the labels (here every class equally often).
 So every row of results.jsonl holds all of them, with hashes: compare rows that differ in one.
 
+Published FIDs rest on the Inception network of 2015 (`Inception`) and on statistics of real images: `--reference`, an
+.npz with mu and sigma (`adm` fetches ADM's of ImageNet), or `--real`, a folder. Either switches Inception on.
+
 The tiny world has its own feature network, a small classifier (`FashionNet`). Its features are means and standard
 deviations of the maps of *all* layers: the last layer alone hardly sees texture, and texture is what betrays
 tokens that were drawn independently. Its FIDs compare only with each other. Where real images stand, the floor,
@@ -21,11 +24,16 @@ says assets/fashion/reference.json.
     python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1          # a sweep; 0 is argmax (Tab. 14)
     python evaluate.py --steps 1 2 4 8 16                        # the teacher alone
     python evaluate.py --teacher maskgit --steps 8 --order halton             # a published one; Tab. 2's baseline
-    torchrun --nproc_per_node=4 evaluate.py --ckpt ... --n 50000
+    torchrun --nproc_per_node=4 evaluate.py --ckpt ... --metrics fid is prdc # ImageNet: 50,000 images, ADM's reference
+    python evaluate.py --ckpt A B --steps 8 16 --temperature 0 0.5 1         # one table: OUT/table.md, table.json
+    python evaluate.py --real val2014 --crop --resize clean --save_reference coco.npz        # once, for COCO-30k
+    python evaluate.py --fake FOLDER --reference coco.npz --crop --resize clean              # pictures that are there
+    python evaluate.py --ckpt ... --metrics clip hps geneval --metadata captions.txt HPDv2/benchmark metadata.jsonl
     python evaluate.py --teacher meissonic-tiny --steps 1 16     # GenEval on the world of shapes, and a CLIP's score
     python evaluate.py --ckpt ... --benchmark geneval --metadata evaluation_metadata.jsonl --detector mask2former
     python evaluate.py --ckpt ... --benchmark hps --metadata HPDv2/benchmark                 # and clip, captions.txt
     python evaluate.py --reconstruction                          # the tokenizer: what limits every student
+    python evaluate.py --reconstruction --teacher maskgit --real imagenet/val                # rFID and PSNR of another
     python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
 """
 
@@ -41,7 +49,8 @@ import textwrap
 import time
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -112,9 +121,9 @@ class Moments:
 def inception_score(logits, splits=10, split_size=None, shuffle=True):
     """(mean, population std) over splits of exp(mean KL(p(y|x) || p(y))), from the logits (N, classes).
 
-    Three conventions are about, and differ by sampling noise at 50,000 images: torch-fidelity's (the default), ten
-    splits after a fixed permutation; StyleGAN's, ten splits in order (shuffle=False); ADM's, chunks of 5,000 in
-    order (split_size=5000, shuffle=False).
+    Three conventions are about (IS_CONVENTIONS), and differ by sampling noise at 50,000 images: torch-fidelity's, the
+    default and the paper's, ten splits after a fixed permutation; StyleGAN's, ten splits in order (shuffle=False);
+    ADM's, chunks of 5,000 in order (split_size=5000, shuffle=False).
     """
     logp = torch.as_tensor(logits).double().log_softmax(-1)                                   # (N, classes)
     n = len(logp)
@@ -127,6 +136,9 @@ def inception_score(logits, splits=10, split_size=None, shuffle=True):
     kl = [(part.exp() * (part - log_p)).sum(1).mean() for part, log_p in zip(parts, log_mean)]
     scores = torch.stack(kl).exp()
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+IS_CONVENTIONS = {"is": {}, "is_stylegan": dict(shuffle=False), "is_adm": dict(shuffle=False, split_size=5000)}
 
 
 def squared_distances(a, b):
@@ -165,8 +177,8 @@ def prdc(real, fake, k=3, block_bytes=2**26):
 
 
 # ================================================================================ extractors and references
-# An extractor maps images (B, C, H, W) in [0, 1] to (features (B, dim), logits (B, classes)). The tiny world's is
-# this one. For photographs in colour it will be the Inception network of 2015, with the resize inside it.
+# An extractor maps images (B, C, H, W) in [0, 1] to (features (B, dim), logits (B, classes)): the tiny world's is
+# FashionNet, that of published numbers Inception, with the resize inside it.
 class FashionNet(nn.Module):
     """A small classifier of clothes, (B, 1, 32, 32). Its features see texture: mean and deviation of every map.
 
@@ -192,11 +204,195 @@ class FashionNet(nn.Module):
         return features, self.head(features)
 
 
+RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")       # clean-fid's names; ADM's ImageNet has the first
+
+
+def clean_resize(img, size=299):
+    """clean-fid's mode "clean": a picture, or (H, W, 3) in [0, 255] -> float32 (size, size, 3), not rounded."""
+    channels = np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0)
+    resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC) for c in channels]   # each of mode F
+    return np.stack(resized, 2).clip(0, 255)
+
+
+def resize(img, mode="legacy_tensorflow", size=299):
+    """Images (B, 3, H, W) in [0, 255] -> (B, 3, size, size), float32, by one of RESIZES. No two of them agree.
+
+    legacy_tensorflow is TF1's bilinear: source coordinate i H / size without half pixels, neighbours floor, floor + 1.
+    legacy_pytorch has half pixels. Neither antialiases; clean, a bicubic, does.
+    """
+    if mode == "clean":
+        with ThreadPoolExecutor() as pool:            # Pillow works outside the GIL
+            small = list(pool.map(lambda i: clean_resize(i, size), img.permute(0, 2, 3, 1).cpu().numpy()))
+        return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(img.device)
+    if mode == "legacy_pytorch":
+        return F.interpolate(img, (size, size), mode="bilinear")
+    for axis in (3, 2):                               # along a row first, as TF1 does
+        n = img.shape[axis]
+        at = torch.arange(size, dtype=torch.float32, device=img.device) * (n / size)
+        low = at.long()
+        a, b = (img.index_select(axis, i) for i in (low, (low + 1).clamp(max=n - 1)))
+        img = torch.lerp(a, b, (at - low).view(-1, *[1] * (3 - axis)))
+    return img
+
+
+class ConvNorm(nn.Module):
+    """relu(norm(conv)). kernel: "3" or "1x7" keep the size; "3v", valid, is not padded; "3s" neither, with stride 2."""
+
+    def __init__(self, c_in, c_out, kernel):
+        super().__init__()
+        k = kernel.rstrip("sv").split("x")
+        k = int(k[0]), int(k[-1])
+        pad = 0 if kernel[-1] in "sv" else (k[0] // 2, k[1] // 2)
+        self.conv = nn.Conv2d(c_in, c_out, k, 1 + kernel.endswith("s"), pad, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+        self.bn.track_running_stats, self.bn.num_batches_tracked = False, None    # a count that some files lack
+
+    def forward(self, h):
+        return F.relu(self.bn(self.conv(h)))
+
+
+POOLS = {"avg": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
+         "max": functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+         "down": functools.partial(F.max_pool2d, kernel_size=3, stride=2)}
+
+
+class Mixed(nn.Module):
+    """Branches from one input, concatenated. `plan`: | parts them; each is a chain of POOLS and of name:width:kernel,
+    where a+b stand side by side again."""
+
+    def __init__(self, c_in, plan):
+        super().__init__()
+        self.branches = []
+        for branch in plan.split("|"):
+            width, chain = c_in, []
+            for step in branch.split():
+                convs = [] if step in POOLS else [conv.split(":") for conv in step.split("+")]
+                for name, c_out, kernel in convs:
+                    self.add_module(f"branch{name}", ConvNorm(width, int(c_out), kernel))
+                width = sum(int(c_out) for _, c_out, _ in convs) or width
+                chain.append([f"branch{name}" for name, *_ in convs] or step)
+            self.branches.append(chain)
+
+    def forward(self, h):
+        out = []
+        for chain in self.branches:
+            y = h
+            for step in chain:
+                y = POOLS[step](y) if isinstance(step, str) else torch.cat([getattr(self, name)(y) for name in step], 1)
+            out.append(y)
+        return torch.cat(out, 1)
+
+
+def inception_layers():
+    """Images (B, 3, 299, 299) in [-1, 1] -> pooled features (B, 2048, 1, 1), under the published names."""
+    A = "1x1:64:1 | 5x5_1:48:1 5x5_2:64:5 | 3x3dbl_1:64:1 3x3dbl_2:96:3 3x3dbl_3:96:3 | avg _pool:{}:1"
+    B = "3x3:384:3s | 3x3dbl_1:64:1 3x3dbl_2:96:3 3x3dbl_3:96:3s | down"
+    C = ("1x1:192:1 | 7x7_1:{0}:1 7x7_2:{0}:1x7 7x7_3:192:7x1 | 7x7dbl_1:{0}:1 7x7dbl_2:{0}:7x1 7x7dbl_3:{0}:1x7 "
+         "7x7dbl_4:{0}:7x1 7x7dbl_5:192:1x7 | avg _pool:192:1")
+    D = "3x3_1:192:1 3x3_2:320:3s | 7x7x3_1:192:1 7x7x3_2:192:1x7 7x7x3_3:192:7x1 7x7x3_4:192:3s | down"
+    E = ("1x1:320:1 | 3x3_1:384:1 3x3_2a:384:1x3+3x3_2b:384:3x1 | "
+         "3x3dbl_1:448:1 3x3dbl_2:384:3 3x3dbl_3a:384:1x3+3x3dbl_3b:384:3x1 | {} _pool:192:1")
+    return nn.Sequential(OrderedDict(
+        Conv2d_1a_3x3=ConvNorm(3, 32, "3s"), Conv2d_2a_3x3=ConvNorm(32, 32, "3v"), Conv2d_2b_3x3=ConvNorm(32, 64, "3"),
+        pool1=nn.MaxPool2d(3, 2), Conv2d_3b_1x1=ConvNorm(64, 80, "1"), Conv2d_4a_3x3=ConvNorm(80, 192, "3v"),
+        pool2=nn.MaxPool2d(3, 2),                                                             # (B, 192, 35, 35)
+        Mixed_5b=Mixed(192, A.format(32)), Mixed_5c=Mixed(256, A.format(64)), Mixed_5d=Mixed(288, A.format(64)),
+        Mixed_6a=Mixed(288, B), Mixed_6b=Mixed(768, C.format(128)), Mixed_6c=Mixed(768, C.format(160)),
+        Mixed_6d=Mixed(768, C.format(160)), Mixed_6e=Mixed(768, C.format(192)),               # (B, 768, 17, 17)
+        Mixed_7a=Mixed(768, D), Mixed_7b=Mixed(1280, E.format("avg")), Mixed_7c=Mixed(2048, E.format("max")),
+        pool3=nn.AdaptiveAvgPool2d(1)))
+
+
+class Inception(nn.Module):
+    """The network behind published FIDs, of 2015-12-05: images of any size -> features (B, 2048), logits (B, 1008).
+
+    Input (B, 3 or 1, H, W) in [0, 1], or a list of (C, H, W) of unequal sizes. The logits leave the classifier's bias
+    out, as Inception Scores do. resize is one of RESIZES; crop: `coco_crop` comes first. Only for eval mode.
+    """
+
+    dim, classes = 2048, 1008
+    published_names = [("^(?=Conv2d|Mixed)", "layers.")]
+    published_extras = r".*num_batches_tracked"
+
+    def __init__(self, resize=RESIZES[0], crop=False):
+        super().__init__()
+        self.resize, self.crop = resize, crop
+        self.layers, self.fc = inception_layers(), nn.Linear(2048, 1008)
+
+    def scaled(self, img):
+        """(B, C, H, W) in [0, 1] -> (B, 3, 299, 299) in [-1, 1]: times 255 gives back whole bytes, exactly."""
+        img = (img * 255).expand(-1, 3, -1, -1)
+        if self.crop:
+            pictures = [Image.fromarray(p) for p in img.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+            img = torch.from_numpy(np.stack([coco_crop(p) for p in pictures])).permute(0, 3, 1, 2).to(img)
+        img = resize(img, self.resize)
+        return 2 * (img / 255) - 1 if self.resize == "legacy_pytorch" else (img - 128) / 128
+
+    def forward(self, img):
+        x = torch.cat([self.scaled(i[None]) for i in img]) if isinstance(img, list) else self.scaled(img)
+        features = self.layers(x).flatten(1)                                                  # (B, 2048), not negative
+        return features, F.linear(features, self.fc.weight)
+
+
+INCEPTION = {       # published files, and how their SHA-256 begins: plain weights, and NVIDIA's TorchScript of the same
+    "plain": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+              "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
+    "torchscript": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+                    "inception-2015-12-05.pt", None)}
+REFERENCES = {"adm": ("https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+                      "VIRTUAL_imagenet256_labeled.npz", None)}
+
+
+def download(url, digest, flag):
+    """The local path of a file from the web, kept in torch's cache."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if not os.path.isfile(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, digest)
+        except (OSError, RuntimeError) as err:        # no network, no room; another file than expected
+            raise UserError(f"cannot download {url} ({' '.join(str(err).split())[:200]}): fetch it elsewhere and name "
+                            f"the file by {flag} PATH")
+    return path
+
+
+def load_inception(path="plain", resize=RESIZES[0], crop=False, device="cpu", random_weights=False):
+    """Inception from a file of plain weights, from the TorchScript file, or from one of INCEPTION, fetched.
+
+    torch.jit.load reads TorchScript's own tensors and code, no Python. Its `layers` and `output` take the place of
+    ours, and the resize stays ours: features are the same but for rounding.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Inception(resize, crop)
+    path = download(*INCEPTION[path], "--inception") if path in INCEPTION and not random_weights else path
+    if random_weights:
+        pass
+    elif zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")       # torch calls TorchScript deprecated
+                script = torch.jit.load(path, map_location="cpu")
+            net.layers = script.layers
+            net.fc.load_state_dict(script.output.state_dict())
+        except (RuntimeError, AttributeError) as err:
+            raise UserError(f"--inception {path}: a TorchScript file, but not inception-2015-12-05.pt, with `layers` "
+                            f"and an `output` of 1008 classes ({' '.join(str(err).split())[:200]})")
+    else:
+        load_state(net, read_weights(path), f"--inception {path}")
+    return net.to(device).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def extract(extractor, img):
-    """(features, logits) of uint8 images, in float32 even where the caller generates under autocast."""
-    with torch.autocast(img.device.type, enabled=False):
-        return extractor(img.float() / 255)
+    """(features, logits) of uint8 images (B, C, H, W), or of a list of them of unequal sizes.
+
+    In float32, without TF32, even where the caller generates under autocast.
+    """
+    device = next(extractor.parameters()).device
+    unit = lambda i: i.to(device).float() / 255
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return extractor([unit(i) for i in img] if isinstance(img, list) else unit(img))
 
 
 class Reference(NamedTuple):
@@ -208,27 +404,155 @@ class Reference(NamedTuple):
     name: str
 
 
-def load_reference(path, dim, device="cpu"):
-    """A Reference from any .npz with mu (dim,) and sigma (dim, dim), and `features` (n, dim) if it has them."""
+def load_reference(path, dim, device="cpu", made=None):
+    """A Reference from any .npz with mu (dim,) and sigma (dim, dim), and `features` (n, dim) if it has them.
+
+    made: how its images should have been prepared; a file of --save_reference says how they were.
+    """
     try:
         with np.load(path) as f:
             mu, sigma = (f[key].astype(np.float64) for key in ("mu", "sigma"))
             features = torch.from_numpy(f["features"]).float().to(device) if "features" in f else None
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as err:
+            was = str(f["made"]) if "made" in f else made
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as err:
         raise UserError(f"cannot read statistics from {path} ({err}): expected an .npz with mu and sigma")
     if (mu.shape, sigma.shape) != ((dim,), (dim, dim)) or (features is not None and features.shape[1:] != (dim,)):
         raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} and {sigma.shape}: "
                         "made with another feature network?")
+    if made and was != made:
+        raise UserError(f"--reference {path} was made with {was}, and these flags say {made}: both sides must agree")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{path}: its mu or sigma is not finite")
     return Reference(mu, sigma, features, f"{os.path.basename(path)} {fingerprint([mu, sigma])}")
 
 
 def load_extractor(spec, device="cpu"):
-    """(extractor, reference) for a teacher's images, or (None, None): then images are drawn and timed, not judged."""
-    if spec.image != (1, 32, 32):                     # Inception features are not part of this version yet
+    """(extractor, reference) that ship for a teacher's images, or (None, None): others need --reference or --real."""
+    if spec.image != (1, 32, 32):
         return None, None
     path = os.path.join(ASSETS, "classifier.safetensors")
     extractor = load_state(FashionNet(), read_weights(path), path).to(device).eval().requires_grad_(False)
     return extractor, load_reference(os.path.join(ASSETS, "reference.npz"), extractor.dim, device)
+
+
+def folder_images(folder, flag, image=None):
+    """(names, make, complain) of a folder and what is below it: make(i (b,)) -> a list of uint8 pictures (C, H, W).
+
+    They are RGB, each of its own size; image (C, H, W): resized and centre-cropped to that. What cannot be read counts
+    as black until complain() raises, on every process: left out, it would make the statistics those of other images.
+    # choice: 16-bit grey keeps its high byte, transparency is laid on white (clean-fid clips the one, drops the other).
+    """
+    from data.imagenet import SUFFIXES, centre_crop, convert
+
+    if not os.path.isdir(folder):
+        raise UserError(f"{flag} {folder}: no such folder; expected one with images in it")
+    names = sorted(os.path.join(where, f) for where, _, files in os.walk(folder) for f in files
+                   if f.lower().endswith(SUFFIXES) and not f.startswith("."))
+    if len(names) < 10:
+        raise UserError(f"{flag} {folder}: statistics need 10 images at least, found {len(names)} "
+                        f"({', '.join(SUFFIXES)})")
+    C, H, W = image or (3, 1, 1)
+    unreadable = []
+
+    def read(i):
+        try:
+            with Image.open(names[i]) as file:
+                img = convert(file, {1: "L", 3: "RGB"}[C])
+            img = np.array(centre_crop(img, H) if image else img)
+            return torch.from_numpy(img.reshape(*img.shape[:2], C)).permute(2, 0, 1)
+        except Exception as err:                      # Pillow raises a dozen kinds for a broken file
+            unreadable.append(" ".join(f"{names[i]} ({type(err).__name__}: {err})".split()))
+            return torch.zeros(C, H, W, dtype=torch.uint8)
+
+    def make(rows, **_):
+        with ThreadPoolExecutor() as pool:            # Pillow works outside the GIL
+            return list(pool.map(read, rows.tolist()))
+
+    def complain():
+        everyone = [unreadable]
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, unreadable)
+        if bad := sorted(sum(everyone, [])):
+            raise UserError(f"{flag} {folder}: {len(bad)} of {len(names)} images cannot be read: mend or remove them; "
+                            f"the first is {bad[0]}")
+
+    return names, make, complain
+
+
+def folder_reference(folder, extractor, device, batch):
+    """The Reference of a folder's images; of 10,000 at most, evenly spread, the features are kept for neighbours.
+
+    Its hash is of the files' names and sizes: sums differ in their last digit with the number of processes.
+    """
+    names, make, complain = folder_images(folder, "--real")
+    features, _, mu, sigma, _ = extracted(make, torch.arange(len(names), device=device), extractor, batch=batch,
+                                          desc=folder, every=math.ceil(len(names) / 10_000))
+    complain()
+    listed = "\n".join(f"{os.path.relpath(name, folder)} {os.path.getsize(name)}" for name in names)
+    digest = hashlib.sha256(os.fsencode(listed)).hexdigest()[:12]
+    name = f"{os.path.basename(os.path.abspath(folder))}, {len(names):,} images, {digest}"
+    return Reference(mu, sigma, features, name)
+
+
+def npz_images(path):
+    """`arr_0` of an .npz: uint8 images (n, 3, H, W), or None. In ADM's file 10,000; its mu and sigma are of more."""
+    with np.load(path) as f:
+        if "arr_0" not in f:
+            return None
+        if (img := f["arr_0"]).dtype != np.uint8 or img.ndim != 4 or img.shape[3] != 3:
+            raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, got {img.dtype} "
+                            f"{img.shape}")
+        return torch.from_numpy(img).permute(0, 3, 1, 2)
+
+
+def load_measure(args, device):
+    """(Inception, Reference) as --reference or --real ask for, or None where neither does; no model is read before.
+
+    With --reconstruction, --real has the images themselves; without --reference they are their own, and it is None.
+    """
+    if not (args.reference or args.real):
+        for flag in ("fake", "save_reference", "inception", "resize", "crop"):
+            if getattr(args, flag) and (flag in ("fake", "save_reference") or not args.metrics):
+                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference PATH.npz, or --real FOLDER")
+        return None
+    if args.reference and args.real and not args.reconstruction:
+        raise UserError(f"--reference {args.reference} and --real {args.real} are both the real side: give one")
+    if args.reconstruction and not args.real:
+        raise UserError(f"--reconstruction against --reference {args.reference}: add --real FOLDER, what to "
+                        "reconstruct")
+    if args.save_reference and (not args.real or args.reconstruction):
+        raise UserError(f"--save_reference {args.save_reference} keeps the statistics of a folder: add --real FOLDER")
+    path, mode, batch = args.reference, args.resize or RESIZES[0], args.batch or 64
+    made = f"resize {mode}, {'coco_crop' if args.crop else 'no crop'}"
+    if path:
+        path = download(*REFERENCES[path], "--reference") if path in REFERENCES else path
+        reference = load_reference(path, Inception.dim, device, made)
+    random = args.random_weights and not args.inception
+    net = load_inception(args.inception or "plain", mode, args.crop, device, random)
+    net.facts = dict(resize=mode, crop="coco_crop to 256 px" if args.crop else None, features="fp32",
+                     inception="random" if random else os.path.basename(args.inception or "plain"))
+    net.facts |= dict(note=RANDOM) if random else {}
+    if args.reconstruction and not path:
+        return net, None
+    if not path:
+        reference = folder_reference(args.real, net, device, batch)
+    elif reference.features is None and "prdc" in (args.metrics or JUDGED) and (img := npz_images(path)) is not None:
+        rows = torch.arange(len(img), device=device)
+        features = extracted(lambda i, **_: img[i.cpu()], rows, net, batch=batch, desc="arr_0")[0]
+        reference = reference._replace(features=features, name=f"{reference.name}, neighbours: its {len(img):,} images")
+    if "prdc" in (args.metrics or ()) and reference.features is None:
+        raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor features: take "
+                        "--reference adm, or --real FOLDER")
+    if args.save_reference and is_first():
+        try:
+            with replacing(args.save_reference) as f:
+                some = reference.features.cpu().numpy()
+                np.savez(f, mu=reference.mu, sigma=reference.sigma, features=some, made=made)
+        except OSError as err:
+            raise UserError(f"--save_reference {args.save_reference}: cannot write there ({err.strerror})")
+        print(f"{args.save_reference}: {reference.name}, {made}")
+    return net, reference
 
 
 def fingerprint(arrays):
@@ -304,12 +628,20 @@ def all_reduce(t):
     return t
 
 
-def in_batches(make_images, rows, batch, seed, desc, facts):
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def in_batches(make_images, rows, batch, seed, desc, facts, folder=None):
     """The images of `rows`, batch by batch, this process's share of them: yields (slice, uint8 images).
 
     Batch i draws from a generator seeded by (seed, i), and whole batches go to processes in turn. At the end the
-    speed of all processes together is put into `facts`.
+    speed of all processes together is put into `facts`. folder: a new one, where they are written, as PNG.
     """
+    if folder and is_first():
+        save_images(folder, (), "png")
+    if folder and dist.is_initialized():
+        dist.barrier()
     device, seconds, timed = rows.device, Counter(), 0
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, math.ceil(len(rows) / batch), world)
@@ -322,40 +654,72 @@ def in_batches(make_images, rows, batch, seed, desc, facts):
         generator = torch.Generator(device).manual_seed(own_seed)
         img = make_images(rows[part], generator=generator, seconds=seconds)
         timed += len(img)
+        for k, pixels in zip(range(len(rows))[part], img if folder else ()):
+            picture(pixels).save(os.path.join(folder, f"{k:05d}.png"))
         yield part, img
     rates = [timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])]
     rates = all_reduce(torch.tensor(rates, dtype=torch.float64, device=device)).tolist()
     facts.update({"images/s": rates[0] or None, "tokens_only/s": rates[1] or None, "processes": world})
 
 
+def picture(pixels):
+    """uint8 (C, H, W) -> a PIL picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).cpu().numpy())
+
+
 @torch.no_grad()
-def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, desc=None):
-    """All metrics of len(labels) images, as a dict; desc names the progress bar (none without).
+def extracted(make_images, rows, extractor, shift=0.0, batch=250, seed=0, desc=None, folder=None, every=1):
+    """features (n, dim), logits (n, classes), mu, sigma, facts of the images of `rows`, of all processes together.
+
+    every: features and logits of each `every`-th image alone are kept; mu and sigma are of all.
+    """
+    device, facts = rows.device, dict(seed=seed, batch=batch)
+    features, logits = (torch.zeros(math.ceil(len(rows) / every), width, device=device)
+                        for width in (extractor.dim, extractor.classes))
+    moments = Moments(extractor.dim, shift, device)
+    for part, img in in_batches(make_images, rows, batch, seed, desc, facts, folder):
+        f, z = extract(extractor, img)
+        moments.add(f)
+        i = torch.arange(len(rows), device=device)[part]
+        keep = i % every == 0
+        features[i[keep] // every], logits[i[keep] // every] = f[keep], z[keep]
+    return all_reduce(features), all_reduce(logits), *moments.result(), facts                 # else a row is zero
+
+
+JUDGED = ("fid", "is", "prdc")
+
+
+@torch.no_grad()
+def evaluate(make_images, labels, extractor, reference, batch=250, seed=0, k=3, desc=None, metrics=JUDGED, folder=None):
+    """All metrics of len(labels) images, or those of `metrics`, as a dict; desc names the progress bar (none without).
 
     labels: conditions, a row an image. make_images(labels (b, ...), generator=, seconds=) -> uint8 images; bind the
     rest with functools.partial. Without an extractor the images are only made and timed. Batch i draws from a
     generator seeded by (seed, i), and whole batches go to processes in turn: so the images, their order, and the
     numbers do not depend on the number of processes. (They do depend on `batch`.)
     """
-    device, n = labels.device, len(labels)
-    if extractor is not None:
-        features, logits = (torch.zeros(n, width, device=device) for width in (extractor.dim, extractor.classes))
-        moments = Moments(extractor.dim, reference.mu, device)
-    facts = dict(seed=seed, batch=batch)
-    for part, img in in_batches(make_images, labels, batch, seed, desc, facts):
-        if extractor is not None:
-            features[part], logits[part] = extract(extractor, img)
-            moments.add(features[part])
+    n = len(labels)
     if extractor is None:
+        facts = dict(seed=seed, batch=batch)
+        for _ in in_batches(make_images, labels, batch, seed, desc, facts, folder):
+            pass
         return dict(n=n, **facts)
-    all_reduce(features), all_reduce(logits)          # each row is zero but on the process that made it
-    mu, sigma = moments.result()
-    row = dict(n=n, fid=fid(mu, sigma, reference.mu, reference.sigma),
-               fid_eigenvalues=fid_eigenvalues(mu, sigma, reference.mu, reference.sigma))
-    row["is"], row["is_std"] = inception_score(logits)
-    if reference.features is not None:
+    features, logits, mu, sigma, facts = extracted(make_images, labels, extractor, reference.mu, batch, seed, desc,
+                                                   folder)
+    row = dict(n=n)
+    if "fid" in metrics:
+        both = torch.zeros(2, dtype=torch.float64, device=labels.device)
+        if is_first():                                # half a minute of a core at 2048 features: on one is enough
+            pair = mu, sigma, reference.mu, reference.sigma
+            both[:] = torch.tensor([fid(*pair), fid_eigenvalues(*pair)], dtype=torch.float64)
+        row["fid"], row["fid_eigenvalues"] = all_reduce(both).tolist()
+    if "is" in metrics:
+        for name, convention in IS_CONVENTIONS.items():
+            row[name], row[f"{name}_std"] = inception_score(logits, **convention)
+    if "prdc" in metrics and reference.features is not None:
         row.update(prdc(reference.features, features, k), k=k)
-    row.update(facts, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}", reference=reference.name)
+    row.update(facts, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}", reference=reference.name,
+               **getattr(extractor, "facts", {}))
     return row
 
 
@@ -417,7 +781,7 @@ def evaluate_prompts(teacher, rewards, make_images, n, batch=250, seed=0, desc=N
 def load_judge(teacher, device="cpu"):
     """judge(make_images, n, batch=, seed=, desc=) -> a row of results for this teacher's world, or None.
 
-    Fashion is judged by FID and its relatives, shapes by GenEval and CLIP; published teachers not yet.
+    Fashion is judged by FID and its relatives, shapes by GenEval and CLIP; photographs by `load_measure`, not here.
     """
     spec = teacher.spec
     if spec.image == (1, 32, 32):
@@ -438,6 +802,67 @@ def headline(row):
     return f"GenEval {row['geneval']:.3f}, CLIP {row['clip']:.2f}"
 
 
+# ============================================================================================= published numbers
+# What the paper's tables say (Tab. 11's 16 steps as measured there), to stand beside a row of the same teacher: after
+# its name the number of the teacher's steps, or which student. fid_coco and fid_mjhq are of 30,000 prompts each, hps is
+# v2.1's average, and all ImageNet rows have 50,000 images and their best temperature.
+PUBLISHED = """
+maskbit    256          Tab.16    fid 1.58  is 306.12 precision 0.81 recall 0.60
+maskbit    64           Tab.1     fid 1.66  is 320.0  precision 0.81 recall 0.60
+maskbit    Di[M]O       Tab.1     fid 2.89  is 310.1  precision 0.87 recall 0.49
+maskbit    Soft-Di[M]O  Tab.1     fid 1.96  is 281.4  precision 0.84 recall 0.55
+maskbit    longer       Tab.1     fid 1.56  is 273.2  precision 0.81 recall 0.60
+maskgit    16           Tab.2     fid 6.60  is 224.1  precision 0.83 recall 0.40 density 1.25 coverage 0.98
+maskgit    8            Tab.2     fid 6.66  is 221.6  precision 0.83 recall 0.40 density 1.23 coverage 0.97
+maskgit    4            Tab.2     fid 10.73 is 192.3  precision 0.75 recall 0.31 density 1.01 coverage 0.92
+maskgit    2            Tab.2     fid 91.35 is 13.4   precision 0.18 recall 0.16 density 0.09 coverage 0.12
+maskgit    32-halton    Tab.2     fid 9.62  is 296.2  precision 0.90 recall 0.28 density 1.47 coverage 0.98
+maskgit    16-halton    Tab.2     fid 8.73  is 283.2  precision 0.89 recall 0.28 density 1.46 coverage 0.98
+maskgit    8-halton     Tab.2     fid 7.73  is 248.8  precision 0.86 recall 0.31 density 1.37 coverage 0.97
+maskgit    Di[M]O       Tab.2     fid 6.91  is 214.0  precision 0.83 recall 0.38 density 1.26 coverage 0.97
+maskgit    Soft-Di[M]O  Tab.2     fid 6.40  is 214.8  precision 0.83 recall 0.39 density 1.27 coverage 0.97
+meissonic  32           Tab.3     fid_coco 50.13 clip_score 0.318 geneval 0.46 hps 29.63
+meissonic  Di[M]O       Tab.3     fid_coco 38.45 clip_score 0.322 geneval 0.43 hps 28.59
+meissonic  Soft-Di[M]O  Tab.3     fid_coco 28.33 clip_score 0.319 geneval 0.53 hps 32.35
+maskgen    64           Tab.11-13 fid_coco 22.60 fid_mjhq 7.35  clip_score 0.312 geneval 0.485 hps 27.70
+maskgen    32           Tab.11-13 fid_coco 22.70 fid_mjhq 7.43  clip_score 0.312 geneval 0.479 hps 27.60
+maskgen    16           Tab.11-13 fid_coco 22.64 fid_mjhq 7.59  clip_score 0.312 geneval 0.484 hps 27.43
+maskgen    8            Tab.11-13 fid_coco 22.89 fid_mjhq 8.32  clip_score 0.311 geneval 0.462 hps 27.14
+maskgen    4            Tab.11-13 fid_coco 24.84 fid_mjhq 11.58 clip_score 0.308 geneval 0.448 hps 26.11
+maskgen    2            Tab.11-13 fid_coco 44.21 fid_mjhq 29.92 clip_score 0.287 geneval 0.324 hps 22.38
+maskgen    1            Tab.11-13 fid_coco 88.70 fid_mjhq 77.57 clip_score 0.245 geneval 0.178 hps 16.65
+maskgen    Di[M]O       Tab.3     fid_coco 24.15 clip_score 0.299 geneval 0.42 hps 27.14
+maskgen    Soft-Di[M]O  Tab.3     fid_coco 23.43 clip_score 0.321 geneval 0.51 hps 29.38
+maskgen-xl 32           Tab.12    geneval 0.487
+maskgen-xl 16           Tab.12    geneval 0.482
+maskgen-xl 1            Tab.12    geneval 0.165
+"""
+
+
+def published(row, config):
+    """The paper's numbers for a row's metrics: [{"of", "table", metric: number, ...}].
+
+    config: how train.py made the student; bare weights, without one, stand beside any student of their teacher.
+    """
+    kinds = [str(row["steps"]) + "-halton" * (row.get("order") == "halton")]
+    if row["kind"] == "student":
+        refined = config.get("gan") or config.get("reward")
+        soft = "longer" if str(config.get("recipe")).endswith("long") else "Soft-Di[M]O"
+        kinds = [soft if refined else "Di[M]O"] if config else ["Di[M]O", "Soft-Di[M]O", "longer"]
+    found, has = [], lambda key: row.get(key) is not None or key.startswith("fid_") and "fid" in row
+    for name, kind, place, *pairs in map(str.split, PUBLISHED.strip().splitlines()):
+        numbers = {key: float(value) for key, value in zip(pairs[::2], pairs[1::2]) if has(key)}
+        if name == row["teacher"] and kind in kinds and numbers:
+            found.append({"of": kind, "table": place, **numbers})
+    return found
+
+
+def in_words(entry):
+    """An entry of `published`: its numbers, and where they stand."""
+    numbers = ", ".join(f"{key} {value:g}" for key, value in entry.items() if key not in ("of", "table"))
+    return f"{entry['of']}: {numbers} ({entry['table']})"
+
+
 # ===================================================================================== tables and pictures
 COLUMNS = {"steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
            "geneval": ".3f", "single_object": ".2f", "two_object": ".2f", "counting": ".2f", "colors": ".2f",
@@ -452,6 +877,10 @@ def table(rows):
     cell = lambda row, key: format(row[key], COLUMNS[key]) if row.get(key) is not None else "-"
     lines = [["model", *(key.replace("_", " ") for key in columns)]]
     lines += [[row.get("model", "-"), *(cell(row, key) for key in columns)] for row in rows]
+    if any(row.get("published") for row in rows):
+        cells = ["published (the paper's, not measured here)"]
+        cells += ["; ".join(map(in_words, row.get("published") or ())) or "-" for row in rows]
+        lines = [[*line, cell] for line, cell in zip(lines, cells)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -467,6 +896,29 @@ def table(rows):
         lines += ["", f"One step is {image:.1f} times faster an image than the teacher's {slow['steps']} steps; "
                       f"{tokens:.1f} times without the decoder, which both share."]
     return "\n".join(lines)
+
+
+def report(rows, criterion="fid"):
+    """`table` of all rows; of a sweep of temperatures first a table a checkpoint, and its best enters the joint one."""
+    best, text = [], []
+    for model in dict.fromkeys(row.get("model") for row in rows):
+        own = [row for row in rows if row.get("model") == model]
+        scored = [row for row in own if row.get("kind") == "student" and row.get(criterion) is not None]
+        if len({row["temperature"] for row in scored}) > 1:
+            top = min(scored, key=lambda row: row[criterion])
+            text += [table(own), f"{model}: the best of {len(scored)} temperatures is {top['temperature']:g}"
+                                 f"{' (argmax)' * (top['temperature'] == 0)}, {criterion.upper()} {top[criterion]:.2f}"]
+            own = [row for row in own if row is top or row not in scored]
+        best += own
+    return "\n\n".join(text + ([table(best)] if len({row.get("model") for row in rows}) > 1 or not text else []))
+
+
+def small_print(row):
+    """What the FID of a row depends on besides its model, in a sentence."""
+    each = f", {row['per_class']:g} images a class" if row.get("per_class") else ""
+    return (f"FID: {row['extractor']} ({row['inception']}), resize {row['resize']}, {row['crop'] or 'no crop'}, in "
+            f"float32, against {row['reference']}; N = {row['n']}{each}, seed {row['seed']}, {row['pixels']}. IS: "
+            f"torch-fidelity's splits (is_stylegan, is_adm: table.json). {row.get('note', '')}").strip()
 
 
 def sheet(rows, path, scale=None, columns=None, words=None):
@@ -487,9 +939,8 @@ def sheet(rows, path, scale=None, columns=None, words=None):
     draw, top = ImageDraw.Draw(page), 0
     for (text, img), height in zip(rows, heights):
         draw.text((gap + 1, top + 1), text, "black", ImageFont.load_default(12))
-        for i, pixels in enumerate(img.cpu().permute(0, 2, 3, 1).numpy()):                    # (H, W, C)
-            tile = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-            tile = tile.resize((scale * W, scale * H), Image.Resampling.NEAREST)
+        for i, pixels in enumerate(img):                                                      # (C, H, W)
+            tile = picture(pixels).resize((scale * W, scale * H), Image.Resampling.NEAREST)
             x, y = gap + i % columns * wide, top + caption + i // columns * high
             if words:
                 lines = textwrap.wrap(words[i], max(8, scale * W // 6), max_lines=2, placeholder=" ...")
@@ -566,30 +1017,57 @@ def make_reference(args):
     print(json.dumps(record, indent=1))
 
 
-def reconstruction(teacher, device, n, batch):
-    """Rows for real images, and for decode(encode(them)) with PSNR: the tokenizer bounds the student (App. D)."""
-    from data.fashion import load_images
+def reconstruction(teacher, device, n, batch, measure=None, folder=None):
+    """Rows for real images, and for decode(encode(them)) with PSNR: the tokenizer bounds the student (App. D).
 
-    net, reference = load_extractor(teacher.spec, device)
-    if net is None:
-        raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not know; for other "
-                        f"images: python teachers.py --check {teacher.spec.name} --images FOLDER")
-    for split in ("train", "t10k"):
-        img = torch.from_numpy(load_images(split)[0])
-        img = img[:: max(1, len(img) // n)][:n].to(device)
+    Of Fashion-MNIST, or, with measure = (Inception, Reference or None), of n images spread over `folder`, resized and
+    centre-cropped to the teacher's size; without a Reference, FID is between them and themselves before (rFID).
+    PSNR is of the mean squared error over all images. MaskGen's decoder is told NAME.txt beside an image, or "".
+    """
+    spec, says = teacher.spec, lambda i: ()
+    if measure:
+        net, reference = measure
+        names, make, complain = folder_images(folder, "--real", spec.image)
+        sources = [(folder, torch.arange(len(names)), lambda i, **_: torch.stack(make(i)).to(device))]
+        if teacher.text:
+            said = [os.path.splitext(name)[0] + ".txt" for name in names]
+            said = teacher.conditions([read_prompts(path)[0] if os.path.exists(path) else "" for path in said])
+            says = lambda i: teacher.cond(said[i])
+    else:
+        (net, reference), complain = load_extractor(spec, device), lambda: None
+        if net is None:
+            raise UserError(f"--reconstruction reads Fashion-MNIST, which {spec.name} does not know: for other images "
+                            "add --real FOLDER")
+        from data.fashion import load_images
+        sources = []
+        for split in ("train", "t10k"):
+            img = torch.from_numpy(load_images(split)[0])
+            sources.append((split, torch.arange(len(img)), lambda i, img=img, **_: img[i.cpu()].to(device)))
+    for split, rows, real in sources:
+        rows = rows[:: max(1, len(rows) // n)][:n].to(device)
         error = torch.zeros((), dtype=torch.float64, device=device)
 
         def rebuild(i, **_):
-            x = teacher.tokenizer.encode(img[i].float() / 255)
-            back = (decode_tokens(teacher.tokenizer, x) * 255).to(torch.uint8)
-            error.add_((back.double() - img[i]).square().sum())
+            img, cond = real(i), says(i)
+            x = teacher.tokenizer.encode(img.float() / 255)
+            back = to_bytes(decode_tokens(teacher.tokenizer, x, cond), spec)
+            error.add_((back.double() - img).square().sum())
             return back
 
-        for model, make in ((f"real {split}", lambda i, **_: img[i]), (f"{split} reconstructed", rebuild)):
-            row = evaluate(make, torch.arange(len(img), device=device), net, reference, batch, desc=model)
-            if make is rebuild:
-                row["psnr"] = 10 * math.log10(255**2 * img.numel() / all_reduce(error).item())
-            yield dict(model=model, kind="real", tokenizer=fingerprint(teacher.tokenizer), **row)
+        if reference is None:
+            features, _, mu, sigma, _ = extracted(real, rows, net, batch=batch, desc=f"real {split}")
+            reference = Reference(mu, sigma, features, f"the same {len(rows):,} images before")
+            complain()
+            models = [(f"{split} reconstructed", rebuild)]
+        else:
+            models = [(f"real {split}", real), (f"{split} reconstructed", rebuild)]
+        for model, make_images in models:
+            row = evaluate(make_images, rows, net, reference, batch, desc=model)
+            complain()
+            if make_images is rebuild:
+                row["psnr"] = 10 * math.log10(255**2 * len(rows) * math.prod(spec.image) / all_reduce(error).item())
+            yield dict(model=model, kind="real", teacher=spec.name, tokenizer=fingerprint(teacher.tokenizer), **row,
+                       pixels="uint8, rounded" if spec.rounds else "uint8, truncated")
 
 
 # ============================================================================== GenEval: is it what was asked for?
@@ -723,8 +1201,7 @@ def save_images(folder, images, kind, **options):
     except OSError as err:
         raise UserError(f"cannot make the folder {folder} ({err.strerror}): images go to a new one, lest they mix")
     for n, img in enumerate(images):
-        pixels = img.permute(1, 2, 0).cpu().numpy()                                           # (H, W, 3)
-        Image.fromarray(pixels).save(os.path.join(folder, f"{n:05d}.{kind}"), **options)
+        picture(img).save(os.path.join(folder, f"{n:05d}.{kind}"), **options)
 
 
 def write_geneval(folder, metadata_list, images_per_prompt):
@@ -899,13 +1376,6 @@ def load_detector(args, device):
 # 40,504 images of val2014, and both sides go through `coco_crop` to 256 px, then `clean_resize` to Inception's 299.
 # MJHQ-30k: its 30,000 prompts against its 30,000 images, `clean_resize` alone; the paper states no crop.
 # --benchmark clip --save_images writes the generated side of either.
-def clean_resize(img, size=299):
-    """clean-fid's mode "clean": a picture, or uint8 (H, W, 3) -> float32 (size, size, 3) in [0, 255], not rounded."""
-    channels = np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0)
-    resized = [Image.fromarray(c).resize((size, size), Image.Resampling.BICUBIC) for c in channels]   # each of mode F
-    return np.stack(resized, 2).clip(0, 255)
-
-
 def coco_crop(img, size=256):
     """A picture as COCO's FID and CLIP score see it, real or generated: uint8 (size, size, 3) (GigaGAN, DMD2)."""
     (W, H), side = img.size, min(img.size)
@@ -985,16 +1455,14 @@ class Benchmark(NamedTuple):
 
 def run_benchmark(bench, teacher, make_images, folder, batch=250, seed=0, desc=None):
     """Draw an image a prompt, write them below `folder`, judge them: a row. Sharded and seeded as in `evaluate`."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+    if is_first():
         bench.lay(folder)
     if dist.is_initialized():
         dist.barrier()                                # the others write into what the first has laid out
     rows = teacher.conditions(bench.prompts)
 
     def score(part, img):
-        pictures = [Image.fromarray(p) for p in img.permute(0, 2, 3, 1).cpu().numpy()]
-        return torch.as_tensor(bench.score(folder, part, pictures))[:, None]
+        return torch.as_tensor(bench.score(folder, part, [picture(p) for p in img]))[:, None]
 
     scores, facts = scored(make_images, rows, score, 1, batch, seed, desc)
     written = {"folder": folder} if os.path.isdir(folder) else {}
@@ -1103,22 +1571,35 @@ def expect_text(spec, args):
 
 
 def load_benchmark(args, device):
-    """The Benchmark that the flags ask for, or None; everything that it reads is read and checked here."""
-    uses = dict(metadata="geneval hps clip", detector="geneval", detector_weights="geneval", clip_l_weights="geneval",
-                hps_weights="hps", save_images="clip", clip_g_weights="clip")
-    for flag, names in uses.items():
-        if getattr(args, flag) and (args.benchmark or args.geneval_folder and "geneval") not in names.split():
-            raise UserError(f"--{flag} {getattr(args, flag)} belongs to --benchmark {' or '.join(names.split())}")
-    if args.geneval_folder and not args.detector:
-        raise UserError(f"--geneval_folder {args.geneval_folder} is scored here: add --detector mask2former, or shapes")
-    if args.benchmark is None:
-        return None
+    """The Benchmark of --benchmark and --metadata; everything that it reads is read and checked here."""
     load, wanted = BENCHMARKS[args.benchmark]
     if not args.metadata:
         raise UserError(f"--benchmark {args.benchmark} needs --metadata PATH: {wanted}")
     if (name := args.teacher or (None if args.ckpt else "maskbit-tiny")) in SPECS:
         expect_text(SPECS[name], args)                # before anything large is read
-    return load(args, device)
+    return load(argparse.Namespace(**{**vars(args), "metadata": args.metadata[0]}), device)
+
+
+def load_benchmarks(args, device):
+    """{name: Benchmark} of --benchmark, or of those in --metrics, each with its own --metadata, in their order."""
+    names = [args.benchmark] if args.benchmark else [name for name in args.metrics or () if name in BENCHMARKS]
+    if args.benchmark and args.metrics:
+        raise UserError(f"--benchmark {args.benchmark} is short for --metrics {args.benchmark}: give one of the two")
+    uses = dict(metadata="geneval hps clip", detector="geneval", detector_weights="geneval", clip_l_weights="geneval",
+                hps_weights="hps", clip_g_weights="clip")
+    for flag, users in uses.items():
+        if getattr(args, flag) and not {*names, args.geneval_folder and "geneval"} & {*users.split()}:
+            words = args.metadata[0] if flag == "metadata" else getattr(args, flag)
+            raise UserError(f"--{flag} {words} belongs to --benchmark {' or '.join(users.split())}")
+    if args.geneval_folder and not args.detector:
+        raise UserError(f"--geneval_folder {args.geneval_folder} is scored here: add --detector mask2former, or shapes")
+    if args.save_images and {"geneval", "hps"} & {*names}:
+        raise UserError("--save_images: geneval and hps write their images anyway; it belongs to clip and to FID")
+    paths = args.metadata or []
+    if len(paths) > len(names) or len(names) > max(1, len(paths)):
+        raise UserError(f"--metadata: expected a path for each of {', '.join(names)}, in this order, got {len(paths)}")
+    one = lambda name, paths: argparse.Namespace(**{**vars(args), "benchmark": name, "metadata": paths})
+    return {name: load_benchmark(one(name, paths[i: i + 1]), device) for i, name in enumerate(names)}
 
 
 # ============================================================================================ command line
@@ -1157,20 +1638,38 @@ def flags():
     add("--order", choices=["confidence", "halton"], default="confidence",
         help="which of the teacher's tokens are kept first: its surest, or places by a Halton sequence")
 
+    add = ap.add_argument_group("which numbers").add_argument
+    add("--metrics", nargs="+", choices=[*JUDGED, *BENCHMARKS], metavar="NAME",
+        help="fid, is (Inception Score), prdc (precision, recall, density, coverage): all three by default; and clip, "
+        "hps, geneval, the benchmarks of text to image, which have their own prompts")
+
+    add = ap.add_argument_group("FID by the Inception network: with --reference or --real").add_argument
+    add("--reference", metavar="PATH", help="real side: .npz of mu and sigma (for prdc also arr_0, images, or features)"
+        "; adm fetches ADM's of ImageNet, and is its default with --metrics")
+    add("--real", metavar="FOLDER", help="real side: images; with --reconstruction, what is reconstructed")
+    add("--save_reference", metavar="PATH", help="write the statistics of --real, a later --reference; draw nothing")
+    add("--fake", metavar="FOLDER", help="judge the images in it, draw nothing")
+    add("--inception", metavar="PATH", help="its weights, plain or TorchScript; or what to fetch: "
+        f"{' or '.join(INCEPTION)} (plain)")
+    add("--resize", choices=RESIZES, help=f"to 299 px, as clean-fid calls it ({RESIZES[0]}; clean for COCO and MJHQ)")
+    add("--crop", action="store_true", help="both sides to the central square and 256 px first (COCO-30k)")
+
     add = ap.add_argument_group("benchmarks of text to image").add_argument
-    add("--benchmark", choices=list(BENCHMARKS), help="draw one, write its images below OUT, score them")
-    add("--metadata", metavar="PATH", help="its prompts: " + "; ".join(f"{b}: {w}" for b, (_, w) in BENCHMARKS.items()))
+    add("--benchmark", choices=list(BENCHMARKS), help="--metrics of one: draw it, write images below OUT, score them")
+    add("--metadata", nargs="+", metavar="PATH", help="its prompts, of several benchmarks in their order: "
+        + "; ".join(f"{b}: {w}" for b, (_, w) in BENCHMARKS.items()))
     add("--per_prompt", type=number(1, 1000, int), default=4, help="geneval: images a prompt (%(default)s)")
     add("--detector", choices=["mask2former", "shapes"], help="geneval: score it here, too (published: mmdetection's)")
     add("--geneval_folder", metavar="DIR", help="score this folder of GenEval's layout by --detector, draw nothing")
     add("--save_images", nargs="?", const="cropped", choices=["cropped", "whole"],
-        help="clip: keep PNGs for a FID, as CLIP score sees them at 256 px (COCO-30k), or whole (MJHQ-30k)")
+        help="keep PNGs below OUT: as CLIP score sees them at 256 px (COCO-30k), or whole (MJHQ-30k); a FID's whole")
     for name in ("detector", "clip_l", "hps", "clip_g"):
         add(f"--{name}_weights", metavar="PATH", help="local " + ("folder" if name == "detector" else "file")
             + " instead of the published one")
 
     add = ap.add_argument_group("how to measure").add_argument
-    add("--n", type=number(1, 10**7, int), default=5000, help="images a row (%(default)s; benchmarks have their own)")
+    add("--n", "--n_images", type=number(1, 10**7, int), help="images a row (5000; by Inception 50000, or all prompts; "
+        "benchmarks have their own). torchrun takes --n for its own: write --n_images")
     add("--batch", type=number(1, 10**5, int), help="images a batch of one process (250, fewer where images are large)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of everything random (%(default)s)")
     add("--out", default="out/evaluate", help="folder of results.jsonl (appended) and sheet.png (%(default)s)")
@@ -1189,19 +1688,19 @@ FILES = ("teacher_weights", "tokenizer_weights", "text_weights", "text_activatio
 
 
 def models(args, device):
-    """One at a time: (teacher, make_images, what a row says of them)."""
+    """One at a time: (teacher, make_images, what a row says of them, how a student was trained)."""
     hashes = lambda t: dict(teacher=t.spec.name, teacher_weights=fingerprint(t.net), tokenizer=fingerprint(t.tokenizer),
                             **({} if t.text is None else dict(text=fingerprint(t.text))))
     name, files = args.teacher, {k: getattr(args, k) for k in FILES}
     for path in args.ckpt:
         teacher, net, config = load_student(path, args.teacher, device, **files)
-        name, config = name or teacher.spec.name, {**teacher.spec.student, **config}
+        name, config, trained = name or teacher.spec.name, {**teacher.spec.student, **config}, config
         files = {k: v or config.get(k) for k, v in files.items()}
         start = {k: config[k] if getattr(args, k) is None else getattr(args, k) for k in ("init_ratio", "noise")}
         for T in args.temperature or [config["temperature"]]:
             yield (teacher, functools.partial(generate_student, teacher, net, temperature=T, **start), dict(
                 model=f"student {path}", kind="student", weights=fingerprint(net), steps=1, temperature=T, **start,
-                **hashes(teacher)))
+                **hashes(teacher)), trained)
     if not args.steps and (args.ckpt or args.reconstruction):
         return
     teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
@@ -1209,7 +1708,7 @@ def models(args, device):
         given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
         yield (teacher, functools.partial(generate_teacher, teacher, steps=N, order=args.order, **given), dict(
             model="teacher", kind="teacher", steps=N, order=args.order, **teacher.spec.settings(N, **given),
-            **hashes(teacher)))
+            **hashes(teacher)), {})
 
 
 def main(args):
@@ -1226,7 +1725,7 @@ def main(args):
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = is_first()
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as err:
@@ -1234,7 +1733,11 @@ def main(args):
 
     system = dict(dtype="bf16" if args.bf16 else "fp32",
                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__)
-    bench = load_benchmark(args, device)
+    benches, measure = load_benchmarks(args, device), load_measure(args, device)
+    jobs = [*((None,) if args.metrics is None and not benches or {*(args.metrics or ())} & {*JUDGED} else ()), *benches]
+    if args.save_reference:
+        return
+    judged = tuple(name for name in JUDGED if name in (args.metrics or JUDGED))
 
     # ---------------------------------------------------------------------------------------- a row each
     rows, pictures = [], []
@@ -1247,48 +1750,78 @@ def main(args):
 
     if args.geneval_folder:
         record(geneval_folder(args, device))
+    if args.fake:
+        names, make, complain = folder_images(args.fake, "--fake")
+        rows_of = torch.arange(len(names), device=device)
+        row = evaluate(make, rows_of, *measure, args.batch or 64, desc=args.fake, metrics=judged)
+        complain()
+        row = {"model": args.fake, "kind": "folder", **row, "seed": None, "pixels": "as they are"}
+        record({**row, "note": small_print(row)})
     if args.reconstruction:
         teacher = load_teacher(args.teacher or "maskbit-tiny", device=device, **{k: getattr(args, k) for k in FILES})
-        for row in reconstruction(teacher, device, args.n, args.batch or 250):
-            record(row)
-    for teacher, make_images, facts in () if args.geneval_folder else models(args, device):
-        if bench:
-            expect_text(teacher.spec, args)
-        judge = None if bench else load_judge(teacher, device)
-        if judge and args.n < 10:
-            raise UserError(f"--n {args.n}: statistics need 10 images at least")
-        if judge is None and bench is None and first:
-            print(f"{teacher.spec.name}: images are drawn and timed; Inception features, and so FID, are not part of "
-                  "this version yet")
-        prompts = (bench.prompts if bench else
-                   read_prompts(args.prompts or teacher.spec.prompts) if teacher.text else None)
-        conditions = teacher.conditions(prompts)
+        batch = args.batch or min(250, max(1, 2**14 // teacher.net.L))
+        for row in reconstruction(teacher, device, args.n or (10**7 if args.real else 5000), batch, measure, args.real):
+            record({**row, "note": small_print(row)} if measure else row)
+    for teacher, make_images, facts, trained in () if args.geneval_folder or args.fake else models(args, device):
         batch = args.batch or min(250, max(1, 2**14 // teacher.net.L))
         shown = [f"{k} {facts[k]:g}" for k in ("steps", "temperature", "guidance") if k in facts]
         caption = ", ".join([facts["model"], *shown])
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        name = re.sub(r"[^\w.]+", "-", " ".join([teacher.spec.name, caption]))
+        for job in jobs:
+            bench = benches.get(job)
             if bench:
-                name = re.sub(r"[^\w.]+", "-", " ".join([teacher.spec.name, caption]))
-                row = run_benchmark(bench, teacher, make_images, os.path.join(args.out, args.benchmark, name), batch,
-                                    args.seed, caption)
-            elif judge:
-                row = judge(make_images, args.n, batch=batch, seed=args.seed, desc=caption)
-            else:
-                row = evaluate(make_images, in_turn(conditions, args.n), None, None, batch, args.seed, desc=caption)
-            shown = min(args.n, 10 if teacher.spec.image[1] < 100 else 4)
-            shown = fixed_sample(make_images, conditions, shown, args.seed)
-            pictures.append((caption, shown))
-        record({**facts, **row, "labels": args.metadata if bench else "the shapes benchmark" if "geneval" in row else
-                     f"{args.prompts or teacher.spec.prompts} in turn" if teacher.text else "each class in turn",
-                     "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"})
+                expect_text(teacher.spec, argparse.Namespace(benchmark=job))
+            imagenet = teacher.spec.classes == 1000 and teacher.spec.image[1] == 256
+            if args.metrics and imagenet and not (bench or measure):
+                args.reference = "adm"
+                measure = load_measure(args, device)
+            extractor, reference = (None, None) if bench else measure or load_extractor(teacher.spec, device)
+            judge = load_judge(teacher, device) if extractor is None and bench is None else None
+            if args.metrics and not (bench or extractor):
+                raise UserError(f"--metrics {' '.join(judged)} of {teacher.spec.name} needs --reference PATH.npz (adm: "
+                                "ADM's of ImageNet), or --real FOLDER")
+            if not (bench or judge or extractor) and first:
+                print(f"{teacher.spec.name}: images are drawn and timed; FID needs --reference PATH or --real FOLDER")
+            prompts = (bench.prompts if bench else
+                       read_prompts(args.prompts or teacher.spec.prompts) if teacher.text else None)
+            conditions = teacher.conditions(prompts)
+            n = args.n or (5000 if not measure else 50_000 if teacher.spec.classes else len(prompts))
+            if (judge or extractor) and n < 10:
+                raise UserError(f"--n {n}: statistics need 10 images at least")
+            folder = os.path.join(args.out, job or "images", name)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+                if bench:
+                    row = run_benchmark(bench, teacher, make_images, folder, batch, args.seed, caption)
+                elif judge:
+                    row = judge(make_images, n, batch=batch, seed=args.seed, desc=caption)
+                else:
+                    row = evaluate(make_images, in_turn(conditions, n), extractor, reference, batch, args.seed,
+                                   desc=caption, metrics=judged, folder=folder if args.save_images else None)
+            if teacher.spec.classes:
+                row["per_class"] = n / teacher.spec.classes
+            labels = (args.metadata[list(benches).index(job)] if bench else
+                      "the shapes benchmark" if "geneval" in row else
+                      f"{args.prompts or teacher.spec.prompts} in turn" if teacher.text else "each class in turn")
+            row = {**facts, **row, "labels": labels,
+                   "pixels": "uint8, rounded" if teacher.spec.rounds else "uint8, truncated"}
+            if paper := published(row, trained):
+                row["published"] = paper
+            if measure and not bench:
+                row["note"] = small_print(row)
+            record(row)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            shown = min(n, 10 if teacher.spec.image[1] < 100 else 4)
+            pictures.append((caption, fixed_sample(make_images, conditions, shown, args.seed)))
     if first:
         if pictures:
             words = spread(prompts, len(pictures[0][1])) if prompts else None
             sheet(pictures, os.path.join(args.out, "sheet.png"), words=words)
-        print(table(rows))
-        for row in rows:
-            if "psnr" in row:
-                print(f"{row['model']}: PSNR {row['psnr']:.2f} dB")
+        lines = [f"{row['model']}: PSNR {row['psnr']:.2f} dB" for row in rows if "psnr" in row]
+        text = "\n".join([report(rows), *lines])
+        print(text)
+        for kind, content in (("md", text), ("json", json.dumps([{**row, **system} for row in rows], indent=1))):
+            with replacing(os.path.join(args.out, f"table.{kind}")) as f:
+                f.write(content.encode() + b"\n")
 
 
 if __name__ == "__main__":

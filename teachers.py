@@ -680,7 +680,7 @@ class MaskGit(Network):
 #
 #                       V   grid   width  joint + single blocks  heads  parameters
 #     meissonic       8192  64x64   1024        14 + 28            8    1,006,946,304 + 146,244,675 + 354,032,640
-#     meissonic-tiny   128   8x8     128         2 + 3             4    the same classes     (tokenizer)  (text)
+#     meissonic-tiny   512   8x8     128         2 + 3             4    the same classes     (tokenizer)  (text)
 #
 # The time step: it was trained on 1000 x the mask ratio, and the module multiplies by another 1000. The published
 # sampler passes the index of the step, N-1 ... 0; distillation, as in the official Di[M]O code, passes 0. So here.
@@ -1453,9 +1453,9 @@ SPECS = {spec.name: spec for spec in (
          VQTokenizer, dict(TINY_VQ, attention=(2,)), maskgit_plan, {4: dict(guidance=3.0, temperature=4.5)},
          image=(3, 32, 32), student=dict(init_ratio=0.6, noise=0.1, temperature=1.0), rounds=True, noise_scale=1.0),
     Spec("meissonic-tiny", Meissonic,
-         dict(V=128, table=136, grid=8, heads=4, head_width=32, joint=2, single=3, text_width=64, axes=(8, 12, 12),
+         dict(V=512, table=520, grid=8, heads=4, head_width=32, joint=2, single=3, text_width=64, axes=(8, 12, 12),
               micro=(32, 32, 0, 0, 6.0)),
-         VQTokenizer, dict(widths=(32, 64, 64), blocks=1, latent=16, embed=16, V=128, norm_groups=8, attention=(),
+         VQTokenizer, dict(widths=(32, 64, 64), blocks=1, latent=16, embed=16, V=512, norm_groups=8, attention=(),
                            signed=False), meissonic_plan,
          {16: dict(guidance=4.0, temperature=2.0)}, rounds=True, noise_scale=1.0,
          image=(3, 32, 32), student=dict(init_ratio=0.6, noise=0.3, temperature=1.0),

@@ -23,6 +23,7 @@ import runpy
 import struct
 import subprocess
 import sys
+import threading
 import types
 import unicodedata
 import weakref
@@ -3078,6 +3079,20 @@ def test_the_command_line_draws_tells_and_records(monkeypatch, tmp_path, capsys)
     assert (tmp_path / "out" / "tteo.png").stat().st_size > 1000 and "with TTEO" in capsys.readouterr().out
 
 
+def test_a_benchmark_compares_one_start_tteo_and_best_of_n_by_reward_geneval_and_time(monkeypatch, tmp_path, capsys):
+    assert run_script(monkeypatch, "--teacher", "meissonic-tiny", "--random_weights", "--benchmark", "12", "--starts", "2",
+                      "--iterations", "3", "--lr", "50", "--device", "cpu", "--out", f"{tmp_path}/out",
+                      load=reward.load_rewards) == 0
+    one, best, more = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert [row["model"] for row in (one, best)] == ["1 start", "TTEO, 2 starts x 3"]
+    assert re.fullmatch(r"best of \d+", more["model"]) and int(more["model"].split()[-1]) > 2     # TTEO's time, in starts
+    assert one["clip"] < best["clip"] and one["clip"] < more["clip"] and one["n"] == 12
+    assert one["images/s"] > best["images/s"] and 0 <= best["geneval"] <= 1
+    assert "TTEO, 2 starts x 3" in capsys.readouterr().out and (tmp_path / "out" / "tteo.png").stat().st_size > 1000
+    assert run_script(monkeypatch, "--teacher", "maskgen-tiny", "--random_weights", "--benchmark", "12") == 2
+    assert "--benchmark is of the world of shapes, which maskgen-tiny does not draw" in capsys.readouterr().err
+
+
 def test_the_command_line_climbs_real_rewards(monkeypatch, tmp_path):
     tiny = dict(embed_dim=16, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
                 text_cfg=dict(context_length=16, vocab_size=512, width=32, heads=2, layers=1))
@@ -4304,7 +4319,7 @@ def test_the_detector_scales_normalises_pads_and_its_boxes_return_to_the_image(s
 
 
 def test_transformers_mask2former_is_loaded_strictly_and_detects(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from safetensors.torch import load_file, save_file
     net, path = ev.load_mask2former(random_weights=True), str(tmp_path / "net")
     net.save_pretrained(path)
@@ -4477,6 +4492,512 @@ def test_what_a_benchmark_cannot_read_is_answered_with_a_sentence_before_anythin
     with pytest.raises(UserError, match=words):
         command(tmp_path, *flags, *([] if "--teacher" in flags else ["--teacher", "maskgen-tiny"]))
     assert os.listdir(tmp_path / "out") == []
+
+
+# ============================================================================================= the Inception network
+def inception_file():
+    """{key: shape} of the published plain file, without the counts of batches."""
+    with torch.device("meta"):
+        return {k.removeprefix("layers."): list(v.shape) for k, v in ev.Inception().state_dict().items()}
+
+
+def inception_state():
+    state = seeded(inception_file())                  # variances are 1 + 0.1 |noise|; kernels times 1.5, or 94 ReLUs kill
+    for name, t in state.items():
+        if name.endswith("running_var"):
+            t.abs_().add_(1)
+    return {name: 1.5 * t if t.ndim == 4 else t for name, t in state.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("inception") / "plain.pth")
+    counts = {k.replace("running_mean", "num_batches_tracked"): torch.tensor(7) for k in inception_file() if "mean" in k}
+    torch.save(inception_state() | counts, path)      # one file with the counts, one without: both are about
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(plain):
+    return ev.load_inception(plain)
+
+
+PIXELS = torch.from_numpy(np.random.RandomState(70).randint(0, 256, (2, 3, 5, 7)).astype(np.uint8).repeat(8, 2).repeat(8, 3))
+
+
+def test_inception_gives_the_golden_maps_features_and_logits(inception):
+    golden = {"pool1": ([0.04040373117, 0.1376905888, 0.5643054843, 0.0775424093, 0.2483923286], 41.1663048),
+              "pool2": ([0.7106261253, 0.2125332654, 0.4897961318, 0.4081763327, 0.4522225857], 155.4851989),
+              "Mixed_6e": ([0.7932898998, 0.07295541465, 0.5227518082, 0.03555404767, 0.730756104], 779.5677457),
+              "pool3": ([0, 1.36724174, 0.2266804427, 0, 1.30498147], 2801.464567)}
+    h = inception.scaled(PIXELS.float() / 255)
+    for name, layer in inception.layers.named_children():
+        h = layer(h)
+        if name in golden:
+            agrees(h.mean((2, 3)), *golden[name], tol=1e-5)
+    features, logits = ev.extract(inception, PIXELS)
+    agrees(features, *golden["pool3"], tol=1e-5)
+    agrees(logits, [0.595255971, 2.429360867, -0.2632558644, 0.1663454771, 0.7864996791], 1782.319151, tol=1e-5)
+    agrees(F.linear(features, inception.fc.weight, inception.fc.bias), [0.5396906137, 2.346317053], 1788.125319, tol=1e-5)
+
+
+def test_inception_has_the_published_tensors(inception):
+    assert sum(p.numel() for p in inception.parameters()) == 23_850_960
+    file = inception_file()                           # the published keys and shapes, less 94 counts of batches
+    listed = "".join(f"{k} {v}\n" for k, v in sorted(file.items()))
+    assert len(file) == 566 - 94 and hashlib.sha256(listed.encode()).hexdigest().startswith("a5dab5458935")
+
+
+def test_both_published_files_and_images_one_by_one_give_the_same_features(inception, plain, tmp_path):
+    class Published(nn.Module):                       # the parts of NVIDIA's file that are used
+        def __init__(self):
+            super().__init__()
+            self.layers, self.output = inception.layers, inception.fc
+
+        def forward(self, x):
+            return self.output(self.layers(x).flatten(1)).softmax(1)
+
+    x = PIXELS[:1].float() / 255
+    torch.jit.save(torch.jit.trace(Published(), inception.scaled(x)), tmp_path / "script.pt")
+    script = ev.load_inception(str(tmp_path / "script.pt"))
+    torch.save(inception_state(), tmp_path / "bare.pth")
+    bare = ev.load_inception(str(tmp_path / "bare.pth"))
+    assert ev.fingerprint(bare) == ev.fingerprint(inception)
+    expected = ev.extract(inception, PIXELS)
+    for got in (ev.extract(script, PIXELS), ev.extract(inception, list(PIXELS))):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, expected))
+    torch.jit.save(torch.jit.script(nn.Linear(2, 3)), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="other.pt: a TorchScript file, but not inception"):
+        ev.load_inception(str(tmp_path / "other.pt"))
+
+
+def test_files_that_are_no_inception_are_refused_and_a_download_that_fails_is_a_sentence(tmp_path, monkeypatch):
+    torch.save({k: torch.zeros(v) for k, v in inception_file().items() if "7c" not in k}, tmp_path / "less.pth")
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut short")
+    for name, words in (("less.pth", "missing .*Mixed_7c"), ("cut.pth", "cannot read"), ("none.pth", "no weights at")):
+        with pytest.raises(UserError, match=words):
+            ev.load_inception(str(tmp_path / name))
+    asked = []
+
+    def fetch(url, path, digest):
+        asked.append((url, digest))
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    for name in ("plain", "torchscript"):
+        with pytest.raises(UserError, match="cannot download https://.* .no network.: fetch it .* by --inception PATH"):
+            ev.load_inception(name)
+    assert asked[0][1] == "6726825d" and asked[1][0].endswith("/inception-2015-12-05.pt")
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    torch.save(inception_state(), tmp_path / "checkpoints" / os.path.basename(asked[0][0]))
+    assert isinstance(ev.load_inception(), ev.Inception)                      # what was fetched once is not asked for
+
+
+def test_the_conventions_of_inception_scores_have_their_names():
+    logits = 2.0 * np.random.RandomState(60).standard_normal((300, 40)).astype(np.float32)
+    for name, mean in (("is", 3.639085854), ("is_stylegan", 3.618812457)):
+        assert ev.inception_score(logits, **ev.IS_CONVENTIONS[name])[0] == pytest.approx(mean, rel=1e-8)
+    assert ev.IS_CONVENTIONS["is_adm"] == dict(shuffle=False, split_size=5000)
+
+
+@pytest.mark.parametrize("mode, abs_sum, row", [
+    ("legacy_tensorflow", 65741931.76, [200, 200, 202.8093567, 224, 224, 23, 23, 52, 52, 225, 225, 204.7227478, 84, 84, 114, 114]),
+    ("clean", 31562269.13, [200, 200, 198.246521, 224, 224, 23, 23, 53.80029678, 52, 164.2348328, 225, 235.0661316, 84, 84, 114, 114]),
+    ("legacy_pytorch", 31569274.19, [200, 200, 200, 224, 224, 23, 23, 52, 52, 159.3291016, 225, 225, 84, 84, 114, 114])])
+def test_golden_resizes(mode, abs_sum, row):
+    out = ev.resize(PIXELS.float(), mode)
+    assert out.shape == (2, 3, 299, 299) and out.dtype == torch.float32
+    agrees(out[0, 0, 150, ::19], row, tol=1e-3)
+    agrees(out if mode == "legacy_tensorflow" else out[0], [78] * 3, abs_sum)
+
+
+@pytest.mark.parametrize("H, W", [(256, 256), (512, 375), (3, 299), (1, 700)])
+def test_tf1s_bilinear_is_its_definition(H, W):
+    img = np.random.RandomState(H).randint(0, 256, (H, W)).astype(np.float64)
+    expected = np.zeros((299, 299))
+    y, x = np.arange(299) * H / 299, np.arange(299) * W / 299
+    for dy in (0, 1):
+        for dx in (0, 1):
+            i, j = (np.minimum(np.floor(c).astype(int) + d, n - 1) for c, d, n in ((y, dy, H), (x, dx, W)))
+            w = np.abs(1 - dy - y % 1)[:, None] * np.abs(1 - dx - x % 1)
+            expected += w * img[np.ix_(i, j)]
+    got = ev.resize(torch.from_numpy(img).float()[None, None].expand(1, 3, H, W))[0, 2]
+    assert np.abs(got.numpy() - expected).max() < 2e-2                        # float32 coordinates: 1e-2 of 255 on noise
+
+
+def test_bytes_pass_exactly_and_each_resize_has_its_own_normalisation():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 256, 1).expand(1, 1, 256, 299)
+    net = Small("legacy_tensorflow")
+    assert torch.equal(every.float() / 255 * 255, every.float())              # a division, not a product with 1 / 255
+    white = lambda mode: Small(mode).scaled(torch.ones(1, 1, 9, 9)).flatten()
+    for mode, high in (("legacy_tensorflow", 127 / 128), ("clean", 127 / 128), ("legacy_pytorch", 1.0)):
+        assert torch.allclose(white(mode), torch.tensor(high), rtol=0, atol=1e-6)
+    assert net.scaled(every.float() / 255).shape == (1, 3, 299, 299)          # grey becomes three channels
+
+
+# ====================================================================== real images: folders, files and processes
+class Small(ev.Inception):
+    """The extractor's code around a network of no cost: features are mean colours of the four quarters."""
+
+    dim, classes = 12, 5
+
+    def __init__(self, resize=ev.RESIZES[0], crop=False):
+        nn.Module.__init__(self)
+        self.resize, self.crop = resize, crop
+        self.layers, self.fc = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), nn.Linear(12, 5)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(ev, "Inception", Small)
+    return ev.load_inception(random_weights=True)
+
+
+def photos(folder, n=24, shift=0, kind="png"):
+    """Pictures of unequal sizes, the third grey, the fourth of 16 bits, one in a subfolder; noise of 0 to 199."""
+    (folder / "sub").mkdir(parents=True)
+    for i in range(n):
+        rng = np.random.RandomState(i)
+        tint = rng.randint(0, 150, 3)
+        img = (rng.randint(0, 50, (20 + 7 * (i % 3), 31 + 5 * (i % 2), 3)) + tint + shift).astype(np.uint8)
+        if i == 2:
+            img = img[:, :, 0]
+        if i == 3:
+            img = img[:, :, 0].astype(np.uint16) * 256 + 99
+        Image.fromarray(img).save(folder / ("sub" if i == 5 else ".") / f"{i:02d}.{kind}")
+    return str(folder)
+
+
+def one_by_one(extractor, folder):
+    rows = []
+    for where, _, files in os.walk(folder):
+        for f in files:
+            a = np.array(Image.open(os.path.join(where, f)))
+            a = (a >> 8).astype(np.uint8) if a.dtype == np.uint16 else a
+            a = np.stack([a] * 3, 2) if a.ndim == 2 else a
+            rows.append(ev.extract(extractor, torch.from_numpy(a).permute(2, 0, 1)[None])[0][0])
+    return torch.stack(rows).double().numpy()
+
+
+def test_statistics_of_a_folder_are_those_of_its_images_whatever_their_size_depth_and_order(small, tmp_path):
+    folder = photos(tmp_path / "a")
+    f = one_by_one(small, folder)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    for batch in (5, 64):
+        ref = ev.folder_reference(folder, small, torch.device("cpu"), batch)
+        assert np.allclose(ref.mu, f.mean(0), atol=1e-7) and np.allclose(ref.sigma, np.cov(f, rowvar=False), atol=1e-7)
+        assert sorted(ref.features.double().sum(1).tolist()) == pytest.approx(sorted(f.sum(1)), abs=1e-5)
+    assert ref.name.startswith("a, 24 images, ")
+    os.remove(os.path.join(folder, "23.png"))
+    other = ev.folder_reference(folder, small, torch.device("cpu"), 5)
+    assert other.name.split()[-1] != ref.name.split()[-1]
+
+
+def test_a_folder_against_itself_and_against_a_shifted_copy(small, tmp_path):
+    a, b = photos(tmp_path / "a", 11), photos(tmp_path / "b", 11, shift=50)   # fewer images than features
+    ref = ev.folder_reference(a, small, torch.device("cpu"), 4)
+    row = lambda folder: ev.evaluate(ev.folder_images(folder, "--fake")[1], torch.arange(11), small, ref, 4)
+    assert row(a)["fid"] == pytest.approx(0, abs=1e-6) and row(a)["precision"] == 1
+    assert row(b)["fid"] == pytest.approx(12 * (50 / 128) ** 2, rel=1e-4)     # 12 features, each shifted alike
+    assert row(b)["fid_eigenvalues"] == pytest.approx(row(b)["fid"], abs=1e-4)
+
+
+def test_images_that_cannot_be_read_are_counted_named_and_never_left_out(small, tmp_path):
+    folder = photos(tmp_path / "a", 12)
+    (tmp_path / "a" / "07.png").write_bytes((tmp_path / "a" / "07.png").read_bytes()[:60])
+    (tmp_path / "a" / "sub" / "x.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"--real .*a: 2 of 13 images cannot be read: .* first is .*07.png \(\w+"):
+        ev.folder_reference(folder, small, torch.device("cpu"), 4)
+    for path, words in (("none", "no such folder"), ("a/sub", "statistics need 10 images at least, found 2")):
+        with pytest.raises(UserError, match=words):
+            ev.folder_images(str(tmp_path / path), "--real")
+
+
+def test_of_a_large_folder_every_kth_feature_is_kept_and_all_count(small):
+    img = torch.randint(0, 256, (23, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    whole = ev.extracted(lambda i, **_: img[i], torch.arange(23), small, batch=4)
+    some = ev.extracted(lambda i, **_: img[i], torch.arange(23), small, batch=4, every=5)
+    assert torch.equal(some[0], whole[0][::5]) and torch.equal(some[1], whole[1][::5])
+    assert np.array_equal(some[2], whole[2]) and np.array_equal(some[3], whole[3])
+
+
+def test_the_crop_comes_before_the_resize_on_both_sides(small, tmp_path):
+    cropped = Small("clean", crop=True)
+    pixels = np.random.RandomState(0).randint(0, 256, (300, 411, 3)).astype(np.uint8)
+    square = ev.coco_crop(Image.fromarray(pixels))
+    expected = (torch.from_numpy(ev.clean_resize(square)).permute(2, 0, 1)[None] - 128) / 128
+    assert torch.equal(cropped.scaled(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255), expected)
+    drawn = torch.randint(0, 256, (1, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float() / 255
+    assert torch.equal(cropped.scaled(drawn), Small("clean").scaled(drawn))   # 256 px are left alone
+
+
+class Processes:
+    """torch.distributed in threads: rank r of `world`, sums and gathers meet at a barrier."""
+
+    def __init__(self, world):
+        self.world, self.rank, self.meet, self.table = world, threading.local(), threading.Barrier(world, timeout=20), {}
+
+    is_initialized = lambda self: self.world > 1
+    get_rank = lambda self: self.rank.value
+    get_world_size = lambda self: self.world
+    barrier = lambda self: self.meet.wait()
+
+    def exchange(self, thing):
+        self.table[self.get_rank()] = thing
+        self.meet.wait()
+        everyone = [self.table[r] for r in range(self.world)]
+        self.meet.wait()
+        return everyone
+
+    def all_reduce(self, t):
+        t.copy_(sum(self.exchange(t.clone())))
+
+    def all_gather_object(self, out, thing):
+        out[:] = self.exchange(thing)
+
+    def run(self, f):
+        results = [None] * self.world
+
+        def work(r):
+            self.rank.value = r
+            try:
+                results[r] = f()
+            except UserError as err:
+                results[r] = str(err)
+        threads = [threading.Thread(target=work, args=(r,)) for r in range(self.world)]
+        [t.start() for t in threads], [t.join(60) for t in threads]
+        return results
+
+
+def test_one_two_and_four_processes_give_the_same_numbers_and_the_same_complaint(small, tmp_path, monkeypatch):
+    folder, img = photos(tmp_path / "a"), torch.rand(50, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    make = lambda i, generator, **_: ((img[i] + 0.2 * torch.rand(len(i), 3, 9, 9, generator=generator)) * 200).to(torch.uint8)
+    whole = None
+    for world in (1, 2, 4):
+        monkeypatch.setattr(ev, "dist", Processes(world))
+
+        def measured():
+            ref = ev.folder_reference(folder, small, torch.device("cpu"), 5)
+            return ev.evaluate(make, torch.arange(50), small, ref, 7)
+        rows = ev.dist.run(measured)
+        whole = whole or rows[0]
+        for row in rows:
+            assert row["processes"] == world
+            assert row["reference"] == whole["reference"]
+            for key in ("fid", "fid_eigenvalues", "is", "is_stylegan", "is_adm", "precision", "recall", "density", "coverage"):
+                assert row[key] == pytest.approx(whole[key], rel=1e-6), (world, key)
+    assert whole["fid"] > 0.01
+    (tmp_path / "a" / "20.png").write_bytes(b"broken")
+    complaints = ev.dist.run(measured)
+    assert len(set(complaints)) == 1 and "1 of 24 images cannot be read" in complaints[0]
+
+
+class Largest(TorchDispatchMode):
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.bytes = max([self.bytes, *sizes])
+        return out
+
+
+def test_no_tensor_of_prdc_outgrows_a_block_or_its_input():
+    real, fake = torch.randn(400, 16), torch.randn(1500, 16)
+    whole = ev.prdc(real, fake)
+    with Largest() as largest:
+        assert ev.prdc(real, fake, block_bytes=2**20) == whole
+    assert largest.bytes <= 2**20 < 8 * 400 * 1500    # by blocks; all distances would take 5 and 18 MB
+
+
+# ======================================================================================= the command line and its rows
+def adm_like(path, dim=12, n=30, **more):
+    f = np.random.RandomState(0).standard_normal((200, dim))
+    np.savez(path, mu=f.mean(0), sigma=np.cov(f, rowvar=False), **more)
+    return str(path)
+
+
+def test_a_row_names_everything_that_makes_fids_differ(small, tmp_path, capsys):
+    images = np.random.RandomState(0).randint(0, 256, (20, 16, 16, 3)).astype(np.uint8)
+    path = adm_like(tmp_path / "ref.npz", arr_0=images)
+    with np.load(path) as f:
+        digest = ev.fingerprint([f["mu"], f["sigma"]])
+    flags = ["--teacher", "maskgit-tiny", "--steps", 1, 2, "--n", 40, "--reference", path, "--batch", 16, "--seed", 3]
+    rows = command(tmp_path, *flags, "--resize", "clean", "--save_images")
+    classes = SPECS["maskgit-tiny"].classes
+    for row, steps in zip(rows, (1, 2)):
+        expected = dict(n=40, per_class=40 / classes, seed=3, steps=steps, resize="clean", crop=None, features="fp32",
+                        dtype="fp32", inception="random", labels="each class in turn", batch=16, k=3)
+        assert {key: row[key] for key in expected} == expected
+        assert row["reference"] == f"ref.npz {digest}, neighbours: its 20 images" and "temperature" in row
+        assert row["extractor"] == f"Small {ev.fingerprint(Small())}" or row["extractor"].startswith("Small ")
+        assert all(np.isfinite(row[key]) for key in ("fid", "is", "is_std", "is_stylegan", "is_adm", "precision", "coverage"))
+        assert row["reference"] in row["note"] and ", resize clean, no crop, in float32" in row["note"]
+    out = capsys.readouterr().out
+    assert "below 10,000, FID is biased" in out and digest in out and "seed 3" in out
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["fid"] for row in table] == [row["fid"] for row in rows] and "| teacher |" in out
+    assert (tmp_path / "out" / "table.md").read_text().strip() in out
+    folders = sorted((tmp_path / "out" / "images").iterdir())                 # and asked for, every image is on the disk
+    assert [len(list(f.iterdir())) for f in folders] == [40, 40]
+    again = command(tmp_path, "--fake", folders[0], "--reference", path, "--resize", "clean", "--batch", 16)[-1]
+    assert all(again[key] == pytest.approx(rows[0][key], abs=1e-9) for key in ("fid", "is", "precision", "recall"))
+    assert again["kind"] == "folder" and again["n"] == 40
+
+
+def test_only_the_metrics_asked_for_are_computed(small, tmp_path, monkeypatch):
+    path = adm_like(tmp_path / "ref.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(ev, "prdc", None), monkeypatch.setattr(ev, "npz_images", None), monkeypatch.setattr(ev, "fid", None)
+    row, = command(tmp_path, "--teacher", "maskgit-tiny", "--steps", 1, "--n", 12, "--reference", path, "--metrics", "is")
+    assert row["is"] >= 1 and "fid" not in row and "precision" not in row
+
+
+def test_a_reference_made_from_a_folder_is_kept_and_knows_how(small, tmp_path):
+    folder, path = photos(tmp_path / "a"), str(tmp_path / "kept.npz")
+    flags = ["--teacher", "maskgit-tiny", "--steps", 1, "--n", 12]
+    ev.main(ev.flags().parse_args(["--real", folder, "--crop", "--save_reference", path, "--random_weights", "--out",
+                                   f"{tmp_path}/out", "--device", "cpu"]))
+    assert os.listdir(tmp_path / "out") == []                                 # nothing was drawn
+    kept = command(tmp_path, *flags, "--reference", path, "--crop")[-1]
+    made = command(tmp_path, *flags, "--real", folder, "--crop")[-1]
+    for key in ("fid", "precision", "recall", "density", "coverage"):
+        assert kept[key] == made[key]
+    with pytest.raises(UserError, match="was made with resize legacy_tensorflow, coco_crop, and these flags say .*no crop"):
+        command(tmp_path, *flags, "--reference", path)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--metrics fid --teacher maskgit-tiny", "--metrics fid of maskgit-tiny needs --reference PATH.npz"),
+    ("--metrics fid prdc --reference {0}/ref.npz", "--metrics prdc needs real images"),
+    ("--reference {0}/none.npz", "none.npz"),
+    ("--reference {0}/images.npz", "expected an .npz with mu and sigma"),
+    ("--reference {0}/array.npy", "expected an .npz with mu and sigma"),
+    ("--reference {0}/weights.pt", "expected an .npz with mu and sigma"),
+    ("--reference {0}/wide.npz", "expected mu .12,. and sigma .12, 12., got .14,. and .14, 14.: made with another"),
+    ("--reference {0}/nan.npz", "not finite"),
+    ("--reference {0}/grey.npz", "expected images, uint8 .n, H, W, 3., in its arr_0, got float64 .4, 8, 8."),
+    ("--reference {0}/ref.npz --real {0}", "both the real side: give one"),
+    ("--real {0}/none", "--real .*none: no such folder"),
+    ("--real {0}", "statistics need 10 images at least, found 0"),
+    ("--fake {0}", "--fake belongs to a FID by Inception: add --reference"),
+    ("--fake {0} --metrics fid", "--fake belongs to a FID by Inception: add --reference"),
+    ("--reconstruction --reference {0}/ref.npz", "add --real FOLDER, what to reconstruct"),
+    ("--fake {0}/none --reference {0}/ref.npz", "--fake .*none: no such folder"),
+    ("--resize clean", "--resize belongs to a FID by Inception"),
+    ("--reference {0}/ref.npz --save_reference x.npz", "add --real FOLDER"),
+    ("--reference {0}/ref.npz --inception {0}/none.pth", "no weights at .*none.pth"),
+    ("--reference {0}/ref.npz --n 9", "statistics need 10 images at least"),
+    ("--reconstruction --teacher maskgit-tiny", "for other images add --real FOLDER"),
+    ("--metrics clip geneval --metadata {0}/captions.txt --teacher maskgen-tiny", "a path for each of clip, geneval, in this order"),
+    ("--metrics clip --benchmark clip", "short for --metrics clip: give one"),
+    ("--metrics fid --metadata {0}/captions.txt", "--metadata .*captions.txt belongs to --benchmark")])
+def test_what_a_fid_cannot_be_made_of_is_answered_with_a_sentence_before_anything_is_drawn(small, tmp_path, flags, words):
+    adm_like(tmp_path / "ref.npz"), adm_like(tmp_path / "wide.npz", 14), np.save(tmp_path / "array.npy", np.zeros(12))
+    adm_like(tmp_path / "grey.npz", arr_0=np.zeros((4, 8, 8)))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "nan.npz", mu=np.full(12, np.nan), sigma=np.eye(12))
+    torch.save({"mu": torch.zeros(12)}, tmp_path / "weights.pt")
+    (tmp_path / "captions.txt").write_text("a ring\n")
+    flags = flags.format(tmp_path).split()
+    with pytest.raises(UserError, match=words):
+        command(tmp_path, *flags, *([] if "--teacher" in flags else ["--teacher", "maskgit-tiny"]))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_imagenet_has_adms_reference_and_50_000_images_unless_told(small, tmp_path, monkeypatch):
+    path, asked = adm_like(tmp_path / "adm.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8)), []
+    monkeypatch.setattr(ev, "download", lambda url, digest, flag: path)
+    teacher = teachers.load_teacher("maskgit-tiny", random_weights=True)
+    teacher = teacher._replace(spec=dataclasses.replace(teacher.spec, name="maskgit", image=(3, 256, 256),
+                                                        net={**teacher.spec.net, "classes": 1000}))
+    monkeypatch.setattr(ev, "load_teacher", lambda *_, **__: teacher)
+
+    def evaluate(make, labels, extractor, reference, *args, metrics, **kw):
+        asked.append((len(labels), labels.bincount().unique().tolist(), reference.name.split()[0], metrics))
+        return dict(n=len(labels), fid=7.0, extractor="x", reference=reference.name, seed=0, **extractor.facts)
+    monkeypatch.setattr(ev, "evaluate", evaluate)
+    monkeypatch.setattr(type(teacher), "conditions", lambda self, prompts=None: torch.arange(1000))
+    monkeypatch.setattr(ev, "fixed_sample", lambda *_: torch.zeros(4, 3, 256, 256, dtype=torch.uint8))
+    row, = command(tmp_path, "--teacher", "maskgit", "--steps", 8, "--metrics", "fid", "is")
+    assert asked == [(50_000, [50], "adm.npz", ("fid", "is"))] and row["per_class"] == 50
+    assert row["published"] == [{"of": "8", "table": "Tab.2", "fid": 6.66}]
+
+
+def test_torchrun_understands_every_flag_of_the_readme():
+    """torchrun reads an abbreviation of its own flags even behind the script's name: --n is one, --n_images is none."""
+    from torch.distributed.run import parse_args
+    line = "--nproc_per_node=4 evaluate.py --ckpt a --metrics fid is prdc --n_images 10 --reference adm --real x --out y"
+    assert parse_args(line.split()).training_script == "evaluate.py"
+    assert ev.flags().parse_args(["--n_images", "12"]).n == ev.flags().parse_args(["--n", "12"]).n == 12
+
+
+def test_several_benchmarks_in_one_command_take_their_metadata_in_order(tmp_path, capsys):
+    lines = [{"tag": "single_object", "include": [{"class": "square", "count": 1}], "prompt": "a square"}]
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "captions.txt").write_text("a red ring\ntwo crosses\n")
+    rows = command(tmp_path, "--teacher", "maskgen-tiny", "--steps", 1, "--metrics", "clip", "geneval", "--per_prompt", 1,
+                   "--detector", "shapes", "--metadata", tmp_path / "captions.txt", tmp_path / "meta.jsonl")
+    assert [row["n"] for row in rows] == [2, 1] and "clip_score" in rows[0] and "single_object" in rows[1]
+    assert [os.path.basename(row["labels"]) for row in rows] == ["captions.txt", "meta.jsonl"]
+    assert len(os.listdir(tmp_path / "out" / "geneval")) == 1
+
+
+def test_reconstruction_of_a_folder_has_the_psnr_of_its_crops_and_a_fid_against_them(small, tmp_path):
+    from data.imagenet import centre_crop
+    folder = photos(tmp_path / "a", 12)
+    row, = command(tmp_path, "--reconstruction", "--teacher", "maskgit-tiny", "--real", folder, "--batch", 5)
+    teacher = teachers.load_teacher("maskgit-tiny", random_weights=True)
+    spec, error = teacher.spec, 0
+    names, make, _ = ev.folder_images(folder, "--real", spec.image)
+    for i, name in enumerate(names):
+        img = make(torch.tensor([i]))[0]
+        if i not in (2, 3):                                                   # the grey ones aside, against Pillow itself
+            crop = centre_crop(Image.open(name).convert("RGB"), spec.image[1])
+            assert np.array_equal(img.permute(1, 2, 0).numpy(), np.array(crop))
+        back = teachers.decode_tokens(teacher.tokenizer, teacher.tokenizer.encode(img[None].float() / 255))
+        error += ((back * 255 + spec.rounds / 2).to(torch.uint8).double() - img).square().mean().item()
+    assert row["psnr"] == pytest.approx(10 * math.log10(255**2 / (error / 12)), abs=1e-6)
+    assert row["fid"] > 0 and row["reference"].startswith("the same 12 images") and row["n"] == 12
+    rows = command(tmp_path, "--reconstruction", "--teacher", "maskgen-tiny", "--real", folder, "--reference",
+                   adm_like(tmp_path / "r.npz"), "--metrics", "fid")[1:]
+    assert [r["model"] for r in rows] == [f"real {folder}", f"{folder} reconstructed"] and rows[0]["fid"] != rows[1]["fid"]
+
+
+# ================================================================================= sweeps and the paper's own numbers
+def student(T, fid, model="student a"):
+    return dict(model=model, kind="student", teacher="maskbit", steps=1, temperature=T, n=50_000, fid=fid)
+
+
+def test_a_sweep_is_a_table_a_checkpoint_and_its_best_stands_in_the_joint_one():
+    rows = [student(T, f) for T, f in ((0, 3.1), (0.5, 2.9), (1, 3.0))] + [student(1, 2.0, "student b")]
+    text = ev.report(rows + [dict(model="teacher", kind="teacher", steps=8, n=50_000, fid=1.5)])
+    sweep, joint = text.split("student a: the best of 3 temperatures is 0.5, FID 2.90")
+    assert [line.count("student a") for line in (sweep, joint)] == [3, 1] and "2.90" in joint and "3.00" not in joint
+    assert "student b" not in sweep and "student b" in joint and "teacher" in joint
+    assert "(argmax), FID 1.00" in ev.report([student(0, 1.0), student(1, 2.0)])
+    assert ev.report(rows[:1] + rows[3:]) == ev.table(rows[:1] + rows[3:])    # without a sweep: the table
+
+
+def test_published_numbers_stand_beside_the_rows_they_belong_to():
+    lines = [line.split() for line in ev.PUBLISHED.strip().splitlines()]
+    for name, kind, place, *pairs in lines:
+        assert name in SPECS and place.startswith("Tab.") and len(pairs) % 2 == 0 and all(map(float, pairs[1::2]))
+        assert kind in ("Di[M]O", "Soft-Di[M]O", "longer") or kind.removesuffix("-halton").isdigit()
+    assert len({(name, kind) for name, kind, *_ in lines}) == len(lines)
+    row = dict(teacher="maskgit", kind="teacher", steps=8, order="confidence", fid=7.0, precision=0.8)
+    assert ev.published(row, {}) == [{"of": "8", "table": "Tab.2", "fid": 6.66, "precision": 0.83}]
+    assert ev.published(dict(row, order="halton"), {})[0]["fid"] == 7.73 and ev.published(dict(row, steps=7), {}) == []
+    row = student(1, 2.0)
+    of = lambda **config: [(found["of"], found["fid"]) for found in ev.published(row, config)]
+    assert of(recipe="maskbit", gan=True) == [("Soft-Di[M]O", 1.96)] and of(recipe="maskbit", gan=False) == [("Di[M]O", 2.89)]
+    assert of(recipe="maskbit-long", gan=True) == [("longer", 1.56)] and [f for _, f in of()] == [2.89, 1.96, 1.56]
+    row["published"] = ev.published(row, dict(gan=True))
+    text = ev.table([row, dict(student(1, 3.0), teacher="maskbit-tiny")])
+    assert "published (the paper's, not measured here)" in text and "Soft-Di[M]O: fid 1.96 (Tab.1)" in text
+    assert "published" not in ev.table([student(1, 3.0)])
+    text_row = dict(teacher="maskgen", kind="teacher", steps=16, order="confidence", fid=20.0)
+    assert ev.published(text_row, {}) == [{"of": "16", "table": "Tab.11-13", "fid_coco": 22.64, "fid_mjhq": 7.59}]
+    assert ev.published(dict(teacher="maskgen", kind="student", steps=1, hps=1.0), dict(reward=True))[0]["hps"] == 29.38
 
 
 # ================================================================================================ data/shapes.py

@@ -236,8 +236,7 @@ def benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd, batch=2
     if not teacher.spec.rewards:
         raise UserError(f"--benchmark is of the world of shapes, which {teacher.spec.name} does not draw: give it a --prompt")
     prompts, metadata = shapes(args.benchmark, args.seed)
-    ways = {"1 start": (1, 1), f"TTEO, {args.starts} starts x {args.iterations}": (args.starts, args.iterations)}
-    rows, sheets = [], []
+    N, K, rows, sheets = args.starts, args.iterations, [], []
 
     def draw(n, k, some, seed):
         generator = torch.Generator(args.device).manual_seed(seed)
@@ -245,9 +244,9 @@ def benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd, batch=2
             return tteo(teacher, net, some, loss_of, n, k, generator=generator, **start, **sgd)
 
     draw(2, 2, prompts[:batch], 0)                                # untimed: the first pass of anything is slow
-    slow, fast = (draw(n, k, prompts[:batch], 0).seconds for n, k in ((args.starts, args.iterations), (args.starts, 1)))
-    n = max(1, round(args.starts * slow / fast))
-    for name, (n, k) in {**ways, f"best of {n}": (n, 1)}.items():
+    slow, fast = (draw(N, k, prompts[:batch], 0).seconds for k in (K, 1))
+    many = max(1, round(N * slow / fast))
+    for name, n, k in (("1 start", 1, 1), (f"TTEO, {N} starts x {K}", N, K), (f"best of {many}", many, 1)):
         seconds, right, scores, shown = 0.0, [], [], []
         for i in ev.tqdm(range(0, len(prompts), batch), name, unit="batch", dynamic_ncols=True):
             found = draw(n, k, prompts[i : i + batch], args.seed + i)
@@ -262,7 +261,7 @@ def benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd, batch=2
                      "images/s": len(prompts) / seconds})
         sheets.append((name, torch.cat(shown)[:20]))
     with open(os.path.join(args.out, "results.jsonl"), "a") as f:
-        f.writelines(json.dumps({**row, **sgd, **start, "student": ev.fingerprint(net), "seed": args.seed}) + "\n" for row in rows)
+        f.writelines(json.dumps(dict(row, sgd=sgd, **start, student=ev.fingerprint(net), seed=args.seed)) + "\n" for row in rows)
     ev.sheet(sheets, os.path.join(args.out, "tteo.png"), words=prompts[:20])
     print(ev.table(rows))
 

@@ -47,7 +47,6 @@ MIXED = (*TASKS, "mixture", "mixture")                # what to train on
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 UNIT = 4                                              # sides, places and gaps are multiples of it: the tokens' patch
-CODES = 512                                           # of the tokenizer while it is trained; fewer remain
 GREYS, SHADES = (70, 100, 130, 160, 190), (0.8, 1.0)  # of the ground; HSV values of a shape
 SIDES = {1: (3, 4), 2: (2, 3), 3: (2,), 4: (2,)}      # of n objects, in units
 
@@ -242,45 +241,35 @@ def pixel_loss(out, img):
     return (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
 
 
-def vq_loss(tok, img):
-    """VQ-VAE's loss: reconstruction of pixels and edges, straight-through codes, codebook and commitment terms.
+def patches(img, side=UNIT):
+    """Pictures (n, 3, H, W) -> their patches (n, L, 3 side^2), row by row."""
+    return img.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    Codes that no latent of a batch chose for long are moved to latents that lie far from theirs, or most of the codebook
-    would never be used; far ones, or most of it would say the same of the ground, which most latents are of.
+
+def code_patches(img, V, width, seed=0):
+    """(centres (V, 3 side^2) of the patches that occur in pictures in [0, 1], codes (V, width) that stand for them).
+
+    k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground; a code is its centre's
+    leading components. # choice: the codebook is not learned with the encoder. It was: then most codes were for the
+    ground, and which one a patch got depended on the rest of the picture, as the encoder's norms are taken over all of
+    it (3.2 nats given the patch itself). To a teacher that is noise, and it learned little else.
     """
-    z = tok.latents(img).float()                                                              # (B, embed, h, w)
-    flat = z.flatten(2).transpose(1, 2)                                                       # (B, L, embed)
-    x = tok.nearest(flat)
-    q = tok.codebook.weight[x].transpose(1, 2).unflatten(2, z.shape[2:])
-    out = tok.decoder(tok.post_quant_conv(z + (q - z).detach())).float()
-    recon = pixel_loss(out, img)
-    loss = recon + (q - z.detach()).square().mean() + 0.25 * (z - q.detach()).square().mean()
-    with torch.no_grad():
-        tok.unused = (tok.unused + 1) * (torch.bincount(x.flatten(), minlength=tok.V) == 0)
-        dead = (tok.unused > 20).nonzero()[:, 0]
-        if tok.training and len(dead):
-            rows, error = flat.flatten(0, 1), (q - z).square().sum(1).flatten()               # (B L, embed), (B L,)
-            tok.codebook.weight[dead] = rows[error.multinomial(len(dead))]
-            tok.unused[dead] = 0
-    return loss, dict(recon=recon.detach(), used=(tok.unused < 20).sum())
+    from scipy.cluster.vq import kmeans2
+
+    seen = patches(img).flatten(0, 1).unique(dim=0)
+    centres = torch.from_numpy(kmeans2(seen.numpy(), V, minit="++", seed=seed)[0])
+    axes = torch.linalg.svd(centres - centres.mean(0), full_matrices=False)[2][:width]
+    return centres, (centres - centres.mean(0)) @ axes.T
 
 
-@torch.no_grad()
-def merge_codes(tok, img, V):
-    """The V codes (indices, ascending) that remain when of the two nearest ones the rarer is dropped, again and again.
-
-    Quantisers split what is frequent, not what matters: most codes are for grounds, and which one a patch of ground
-    takes depends on the rest of the picture, as the encoder's norms are of all of it. To a teacher that is noise.
-    """
-    use = sum(torch.bincount(tok.encode(part.float() / 255).flatten(), minlength=tok.V) for part in img.split(500))
-    gap = torch.cdist(tok.codebook.weight, tok.codebook.weight).fill_diagonal_(math.inf)
-    for _ in range(tok.V - V):
-        pair = divmod(int(gap.argmin()), tok.V)
-        rarer = min(pair, key=lambda k: int(use[k]))
-        use[max(pair, key=lambda k: int(use[k]))] += use[rarer]
-        gap[rarer], gap[:, rarer] = math.inf, math.inf
-        use[rarer] = 0
-    return use.nonzero()[:, 0]
+def tokenizer_loss(tok, centres, img):
+    """The encoder learns which code is right for each patch, the decoder to draw pictures from the right codes."""
+    codes = tok.codebook.weight[torch.cdist(patches(img), centres).argmin(-1)]                # (B, L, embed)
+    z, out = tok.latents(img).float().flatten(2).transpose(1, 2), tok.pixels(codes).float()
+    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
+    recon, miss = (out - img).abs().mean() + 5 * (out - img).square().mean() + edges, (z - codes).square().mean()
+    right = (tok.nearest(z) == tok.nearest(codes)).float().mean()
+    return recon + 5 * miss, dict(recon=recon.detach(), right=right)
 
 
 def clip_loss(model, img, ids, same):
@@ -320,21 +309,11 @@ def train(args):
     which = torch.tensor([index[p] for p in prompts])
     batch = lambda: torch.randint(len(img), (args.batch,))
     if args.train == "tokenizer":
-        model = spec.Tokenizer(**{**spec.tokenizer, "V": CODES}).to(memory_format=torch.channels_last)
-        model.unused = torch.zeros(model.V)
-        nn.init.normal_(model.codebook.weight, std=0.5)
-        loss_fn = lambda: vq_loss(model, (img[batch()].float() / 255).contiguous(memory_format=torch.channels_last))
-    elif args.train == "decoder":                     # it was trained with more codes than remain
-        tokenizer = build(spec, "tokenizer").eval().to(memory_format=torch.channels_last)
-        model = nn.ModuleDict({k: getattr(tokenizer, k) for k in ("post_quant_conv", "decoder")})
-        with torch.no_grad():
-            x = torch.cat([tokenizer.encode(part.float() / 255) for part in img.split(500)])
-
-        def loss_fn():
-            i = batch()
-            out = tokenizer.decode(embed_tokens(x[i], *tokenizer.tables()), (), clamp=False).float()
-            recon = pixel_loss(out, img[i].float() / 255)
-            return recon, dict(recon=recon.detach())
+        model = spec.Tokenizer(**spec.tokenizer).to(memory_format=torch.channels_last)
+        centres, codes = code_patches(img[:3000].float() / 255, model.V, model.codebook.weight.shape[1], args.seed)
+        model.codebook.weight = nn.Parameter(codes, requires_grad=False)
+        loss_fn = lambda: tokenizer_loss(model, centres, (img[batch()].float() / 255).contiguous(
+            memory_format=torch.channels_last))
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
         ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
@@ -358,13 +337,9 @@ def train(args):
             return teacher_loss(model, x[i], [c[which[i]] for c in features])
 
     fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16, muon=args.train == "teacher")
-    if args.train == "tokenizer":
-        model.codebook.weight = nn.Parameter(model.codebook.weight[merge_codes(model, img, spec.tokenizer["V"])])
-    model = tokenizer if args.train == "decoder" else model
     state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
     os.makedirs(folder, exist_ok=True)
-    part = "tokenizer" if args.train == "decoder" else args.train
-    with replacing(os.path.join(folder, f"{part}.safetensors")) as f:
+    with replacing(os.path.join(folder, f"{args.train}.safetensors")) as f:
         f.write(save(state))
     record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
     with replacing(os.path.join(folder, f"{args.train}.json")) as f:
@@ -375,7 +350,7 @@ def train(args):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
-    ap.add_argument("--train", choices=["tokenizer", "decoder", "clip", "teacher"], help="make a part of assets/shapes, in this order")
+    ap.add_argument("--train", choices=["tokenizer", "clip", "teacher"], help="make a part of assets/shapes, in this order")
     ap.add_argument("--go_on", action="store_true", help="train the shipped teacher further, not a new one")
     ap.add_argument("--n", type=int, default=40_000, help="scenes to train on (%(default)s)")
     ap.add_argument("--steps", type=int, default=3000)
