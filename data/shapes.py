@@ -252,7 +252,7 @@ def code_patches(img, V, width, seed=0):
     k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground; a code is its centre's
     leading components. # choice: the codebook is not learned with the encoder. It was: then most codes were for the
     ground, and which one a patch got depended on the rest of the picture, as the encoder's norms are taken over all of
-    it (3.2 nats given the patch itself). To a teacher that is noise, and it learned little else.
+    it (3.2 nats given the patch and its place). To a teacher that is noise, and it learned little else.
     """
     from scipy.cluster.vq import kmeans2
 
