@@ -19,7 +19,6 @@ is grey), connected pixels are one object, hue is its colour, and its shape show
 import argparse
 import colorsys
 import json
-import math
 import os
 import sys
 import time
@@ -33,7 +32,7 @@ from scipy import ndimage
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data.tiny import fit  # noqa: E402
+from data.tiny import fit, ship  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
 from teachers import SHAPES_CLIP, SPECS, build, clip_ids, replacing  # noqa: E402
@@ -264,11 +263,12 @@ def code_patches(img, V, width, seed=0):
 
 def tokenizer_loss(tok, centres, img):
     """The encoder learns which code is right for each patch, the decoder to draw pictures from the right codes."""
-    codes = tok.codebook.weight[torch.cdist(patches(img), centres).argmin(-1)]                # (B, L, embed)
+    x = torch.cdist(patches(img), centres).argmin(-1)                                         # (B, L)
+    codes = tok.codebook.weight[x]                                                            # (B, L, embed)
     z, out = tok.latents(img).float().flatten(2).transpose(1, 2), tok.pixels(codes).float()
     edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
     recon, miss = (out - img).abs().mean() + 5 * (out - img).square().mean() + edges, (z - codes).square().mean()
-    right = (tok.nearest(z) == tok.nearest(codes)).float().mean()
+    right = (tok.nearest(z) == x).float().mean()
     return recon + 5 * miss, dict(recon=recon.detach(), right=right)
 
 
@@ -299,7 +299,6 @@ def teacher_loss(net, x, cond):
 def train(args):
     """Train the part of meissonic-tiny that --train names; float16 safetensors in assets/shapes, its record beside it."""
     from open_clip.model import CLIP
-    from safetensors.torch import save
 
     torch.manual_seed(args.seed)
     spec, start, folder = SPECS["meissonic-tiny"], time.time(), os.path.join(ROOT, "assets", "shapes")
@@ -337,14 +336,7 @@ def train(args):
             return teacher_loss(model, x[i], [c[which[i]] for c in features])
 
     fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16, muon=args.train == "teacher")
-    state = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-    os.makedirs(folder, exist_ok=True)
-    with replacing(os.path.join(folder, f"{args.train}.safetensors")) as f:
-        f.write(save(state))
-    record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
-    with replacing(os.path.join(folder, f"{args.train}.json")) as f:
-        f.write(json.dumps(record, indent=1).encode())
-    print(json.dumps(record, indent=1))
+    ship(model, os.path.join(folder, f"{args.train}.safetensors"), args, start)
 
 
 if __name__ == "__main__":

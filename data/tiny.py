@@ -111,10 +111,22 @@ def codebook_report(tok, img):
                 perplexity=math.exp(-(p * (p + 1e-12).log()).sum()))
 
 
-def make_tiny(args):
-    """Train the tiny tokenizer or the tiny teacher, and write float16 safetensors with a record beside them."""
+def ship(model, path, args, start, report=dict):
+    """Write a module as float16 safetensors, and how it was made beside it, as JSON; report() adds what it came to."""
     from safetensors.torch import save
 
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with replacing(path) as f:
+        f.write(save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
+    record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
+    record.update(report())
+    with replacing(path.replace(".safetensors", ".json")) as f:
+        f.write(json.dumps(record, indent=1).encode())
+    print(json.dumps(record, indent=1))
+
+
+def make_tiny(args):
+    """Train the tiny tokenizer or the tiny teacher, and ship it."""
     torch.manual_seed(args.seed)
     spec, start = SPECS["maskbit-tiny"], time.time()
     if args.train_tokenizer:
@@ -135,15 +147,8 @@ def make_tiny(args):
 
     fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16)
     path = os.path.join(ROOT, spec.files["tokenizer" if args.train_tokenizer else "net"][1])
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with replacing(path) as f:
-        f.write(save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
-    record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
-    if args.train_tokenizer:
-        record.update(codebook_report(model.half().float(), torch.from_numpy(load_images("t10k")[0])))
-    with replacing(path.replace(".safetensors", ".json")) as f:
-        f.write(json.dumps(record, indent=1).encode())
-    print(json.dumps(record, indent=1))
+    ship(model, path, args, start, lambda: codebook_report(model.half().float(), torch.from_numpy(load_images("t10k")[0]))
+         if args.train_tokenizer else {})
 
 
 if __name__ == "__main__":
