@@ -572,11 +572,8 @@ def generate_student(teacher, net, rows, *, init_ratio=0.6, noise=0.1, temperatu
 
     temperature 0 is argmax. seconds, a Counter, receives the time of the "tokens" and of the "pixels", the decoder's.
     """
-    start, device, shape = now(rows.device), rows.device, (len(rows), net.L, net.G)
-    (E, bias), cond = net.tables(), teacher.cond(rows)
-    tokens = torch.randint(net.V, shape, generator=generator, device=device)
-    scores, u = (torch.rand(shape, generator=generator, device=device) for _ in range(2))
-    n = torch.randn(*shape[:2], E.shape[-1], generator=generator, device=device) * teacher.noise_unit(net)
+    start, (E, bias), cond = now(rows.device), net.tables(), teacher.cond(rows)
+    tokens, scores, u, n = teacher.draw_start(net, len(rows), generator)
     x_init = initial_tokens(tokens, init_ratio, scores, net.V)                                # Alg. 1, l. 4
     z = student_logits(net, x_init, cond, E, bias, noise, n)                                  # l. 5: (B, L, G, V)
     if not torch.isfinite(z).all():

@@ -111,6 +111,18 @@ class Teacher(NamedTuple):
             return torch.arange(self.spec.classes, device=device)
         return self.text.tokenize(prompts).to(device)
 
+    def draw_start(self, net, n, generator=None):
+        """What n starts of a student are made from: tokens, scores and u (n, L, G), noise (n, L, d) of scale one unit.
+
+        Drawn in this order, so a seed means the same start wherever it is used. u draws tokens; TTEO draws none.
+        """
+        E = net.tables()[0]
+        shape, how = (n, net.L, net.G), dict(generator=generator, device=E.device)
+        tokens = torch.randint(net.V, shape, **how)
+        scores, u = (torch.rand(shape, **how) for _ in range(2))
+        noise = torch.randn(*shape[:2], E.shape[-1], **how) * self.noise_unit(net)
+        return tokens, scores, u, noise
+
     def cond(self, rows):
         """The condition that rows of `conditions` stand for: a tuple of tensors, batch first."""
         return (rows,) if self.text is None else self.net.condition(*self.text(rows))

@@ -105,14 +105,11 @@ def optimise(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=
 def draw_starts(teacher, net, cond, n, init_ratio, generator=None):
     """n starts for each row of cond: x_init (B, L, G), e_in (B, L, d), noise (B, L, d), and the rows repeated.
 
-    Numbers are drawn in the order of evaluate.py, so a seed gives the same start here and there.
+    A seed gives the same start as in evaluate.py.
     """
     cond = tuple(c.repeat_interleave(n, 0) for c in cond)                                     # B = rows * n
-    (E, bias), shape = net.tables(), (len(cond[0]), net.L, net.G)
-    how = dict(generator=generator, device=E.device)
-    tokens, scores = torch.randint(net.V, shape, **how), torch.rand(shape, **how)
-    torch.rand(shape, **how)                                      # these draw the tokens there; here, none is
-    noise = torch.randn(*shape[:2], E.shape[-1], **how) * teacher.noise_unit(net)
+    E, bias = net.tables()
+    tokens, scores, _, noise = teacher.draw_start(net, len(cond[0]), generator)
     x_init = initial_tokens(tokens, init_ratio, scores, net.V)
     return x_init, embed_tokens(x_init, E, bias).detach(), noise, cond
 
