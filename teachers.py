@@ -31,6 +31,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -1254,6 +1255,16 @@ def replacing(path):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+def fingerprint(arrays):
+    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: files may have been renamed."""
+    if isinstance(arrays, nn.Module):
+        arrays = arrays.state_dict().values()
+    digest = hashlib.sha256()
+    for a in arrays:
+        digest.update(torch.as_tensor(a).detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def local(path):

@@ -31,12 +31,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import evaluate as ev
+from data.prompts import read_prompts
 from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
 from reward import REWARDS, SEED, load_judges, mix, reward_grad
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
-from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights, replacing
+from teachers import SPECS, UserError, fingerprint, load_state, load_teacher, local, read_weights, replacing
 
 # ============================================================================================ settings
 # Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
@@ -333,7 +334,7 @@ class TextFeatures:
                 return
             *self.parts, self.known = (torch.zeros(shape, dtype=dtype) for shape, dtype in shapes)
         else:
-            folder = os.path.join(cache, f"{teacher.spec.name}-{ev.fingerprint([conditions, *first])}")
+            folder = os.path.join(cache, f"{teacher.spec.name}-{fingerprint([conditions, *first])}")
             os.makedirs(folder, exist_ok=True)
             *self.parts, self.known = (
                 torch.from_file(os.path.join(folder, f"{i}.bin"), True, math.prod(shape), dtype=dtype).view(shape)
@@ -527,7 +528,7 @@ def train(c):
         torch.manual_seed(c.seed)                     # the heads' initial weights, the same on every process
         layers = head_layers(net.depth, c.heads)
         disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid).to(device)
-    prompts = None if spec.text is None else real_data.prompts if c.gan else ev.read_prompts(c.prompts)
+    prompts = None if spec.text is None else real_data.prompts if c.gan else read_prompts(c.prompts)
     conditions = teacher.conditions(prompts)
     features = TextFeatures(teacher, conditions, c.text_cache)
     if features.why:
@@ -582,7 +583,7 @@ def train(c):
     # ------------------------------------------------------------------------------------------ evaluation
     judge = ev.load_judge(teacher, device)
     if judge is None:
-        say(f"{spec.name}: samples are drawn, not judged; Inception features, and FID, are not part of this version yet")
+        say(f"{spec.name}: samples are drawn, not judged, while it trains; for FID see evaluate.py --reference")
     rows = logged(log_path)                           # of the part before a resume
 
     def look(model, net, step):

@@ -26,6 +26,7 @@ iterations 2.52, with four 5.66. The last two are k F + (k - 1) B with F = 0.95 
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import torch
 
 from dimo import initial_tokens
 from soft_embed import embed_tokens, soft_embed
+from teachers import UserError, fingerprint, load_student, load_teacher
 
 
 # --------------------------------------------------------------------------------------------- the loop
@@ -147,7 +149,8 @@ def tteo(teacher, net, what, loss_of, starts=4, iterations=4, init_ratio=None, n
     # choice: the images are the soft ones, which the rewards saw; the paper does not say that tokens are drawn.
     """
     assert not (net.training or teacher.tokenizer.training), "expected networks in eval mode: dropout would redraw"
-    begin, student = now(net), teacher.spec.student
+    device, student = next(net.parameters()).device, teacher.spec.student
+    begin = now(device)
     with torch.no_grad():
         cond = teacher.cond(what if isinstance(what, torch.Tensor) else teacher.conditions(what))
         ratio = student["init_ratio"] if init_ratio is None else init_ratio
@@ -164,7 +167,7 @@ def tteo(teacher, net, what, loss_of, starts=4, iterations=4, init_ratio=None, n
                  torch.cat(history, 1).unflatten(1, (-1, starts)))
     start = every.loss.argmin(1)                                                              # (P,)
     chosen = torch.arange(len(start), device=start.device), start
-    return Found(every.img[chosen], every.loss[chosen], start, now(net) - begin, every)
+    return Found(every.img[chosen], every.loss[chosen], start, now(device) - begin, every)
 
 
 def best_of(teacher, net, what, loss_of, n=4, **kwargs):
@@ -172,9 +175,9 @@ def best_of(teacher, net, what, loss_of, n=4, **kwargs):
     return tteo(teacher, net, what, loss_of, starts=n, iterations=1, **kwargs)
 
 
-def now(net):
-    """Seconds, once the device of a network has done what it was told."""
-    if (device := next(net.parameters()).device).type == "cuda":
+def now(device):
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
@@ -220,53 +223,51 @@ def flags():
     return ap
 
 
-def benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd, batch=20):
+def benchmark(args, teacher, net, rewards, loss_of, start, sgd, batch=20):
     """N prompts drawn thrice: from one start, with TTEO, by best-of-N in TTEO's time. GenEval and rewards of each.
 
     Three columns of Tab. 6, on the world where GenEval is exact. Pictures are the soft ones in all three.
     """
     import evaluate as ev
-    from data.shapes import detect
-    from data.shapes import benchmark as shapes
-    from teachers import UserError
+    from data import shapes
 
     if not teacher.spec.rewards:
         raise UserError(f"--benchmark is of the world of shapes, which {teacher.spec.name} does not draw: give it a --prompt")
-    prompts, metadata = shapes(args.benchmark, args.seed)
-    N, K, rows, sheets = args.starts, args.iterations, [], []
+    prompts, _ = shapes.benchmark(args.benchmark, args.seed)
+    conditions, rows, sheets = teacher.conditions(prompts), [], []
+    asked = dict(zip(map(tuple, conditions.tolist()), prompts))   # what a row of conditions says
 
-    def draw(n, k, some, seed):
-        generator = torch.Generator(args.device).manual_seed(seed)
+    def draw(some, n, k, generator, seconds=None):
+        begin = now(conditions.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            return tteo(teacher, net, some, loss_of, n, k, generator=generator, **start, **sgd)
+            found = tteo(teacher, net, [asked[tuple(row)] for row in some.tolist()], loss_of, n, k, generator=generator,
+                         **start, **sgd)
+        if seconds is not None:
+            seconds["all"] += now(conditions.device) - begin
+        return ev.to_bytes(found.img, teacher.spec)
 
-    draw(2, 2, prompts[:batch], 0)                                # untimed: the first pass of anything is slow
-    slow, fast = (draw(N, k, prompts[:batch], 0).seconds for k in (K, 1))
-    many = max(1, round(N * slow / fast))
-    for name, n, k in (("1 start", 1, 1), (f"TTEO, {N} starts x {K}", N, K), (f"best of {many}", many, 1)):
-        seconds, right, scores, shown = 0.0, [], [], []
-        for i in ev.tqdm(range(0, len(prompts), batch), name, unit="batch", dynamic_ncols=True):
-            found = draw(n, k, prompts[i : i + batch], args.seed + i)
-            seconds += found.seconds
-            with torch.no_grad():
-                scores.append(rewards(found.img, prompts[i : i + batch]))
-            shown.append(ev.to_bytes(found.img, teacher.spec))
-            right += [ev.verdict(meta, *detect(img))[0] for meta, img in zip(metadata[i:], shown[-1].cpu().numpy())]
-        tasks = ev.geneval_table((meta["tag"], ok) for meta, ok in zip(metadata, right))
-        rows.append({"model": name, "steps": 1, "n": len(prompts), "geneval": tasks.pop("overall"), **tasks,
-                     **{name: torch.cat([s[name] for s in scores]).mean().item() for name in weights},
-                     "images/s": len(prompts) / seconds})
-        sheets.append((name, torch.cat(shown)[:20]))
+    def seconds_of(k):
+        begin = now(conditions.device)
+        draw(conditions[:batch], args.starts, k, torch.Generator(args.device))
+        return now(conditions.device) - begin
+
+    seconds_of(2)                                                 # untimed: the first pass of anything is slow
+    many = max(1, round(args.starts * seconds_of(args.iterations) / seconds_of(1)))
+    for name, n, k in (("1 start", 1, 1), (f"TTEO, {args.starts} starts x {args.iterations}", args.starts, args.iterations),
+                       (f"best of {many}", many, 1)):
+        make_images = functools.partial(draw, n=n, k=k)
+        row = ev.evaluate_prompts(teacher, rewards, make_images, args.benchmark, batch, args.seed, name)
+        rows.append({"model": name, "steps": 1, **row, **start, "sgd": sgd, "student": fingerprint(net)})
+        sheets.append((name, ev.fixed_sample(make_images, conditions, 20, args.seed)))
     with open(os.path.join(args.out, "results.jsonl"), "a") as f:
-        f.writelines(json.dumps(dict(row, sgd=sgd, **start, student=ev.fingerprint(net), seed=args.seed)) + "\n" for row in rows)
-    ev.sheet(sheets, os.path.join(args.out, "tteo.png"), words=prompts[:20])
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    ev.sheet(sheets, os.path.join(args.out, "tteo.png"), words=ev.spread(prompts, 20))
     print(ev.table(rows))
 
 
 def main(args):
     import evaluate as ev
     import reward
-    from teachers import UserError, load_student, load_teacher
 
     # ------------------------------------------------------------------------------- networks and rewards
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -298,7 +299,7 @@ def main(args):
     start = {k: config[k] for k in ("init_ratio", "noise")}
     sgd = {k: getattr(args, k) for k in ("lr", "momentum", "clip", "regularise")}
     if args.benchmark:
-        return benchmark(args, teacher, net, rewards, weights, loss_of, start, sgd)
+        return benchmark(args, teacher, net, rewards, loss_of, start, sgd)
 
     # ---------------------------------- the same starts without and with; then more starts in the same time
     from_seed = lambda seed: dict(start, chunk=args.chunk or args.starts,       # equal batches, so times compare
@@ -325,7 +326,7 @@ def main(args):
         print(f"{caption:24s}" + "".join(f"{value:13.4f}" for value in row.values()))
     k = after.every.index[0, i := after.start.item()].item()
     print(f"TTEO's best is start {i} at iteration {k}, both counted from 0")
-    record = dict(vars(args), **start, teacher=teacher.spec.name, student=ev.fingerprint(net), weights=weights,
+    record = dict(vars(args), **start, teacher=teacher.spec.name, student=fingerprint(net), weights=weights,
                   before=rows[0], after=dict(rows[1], start=i, iteration=k), best_of=dict(rows[2], n=n),
                   history=after.every.history[:, 0].tolist(), torch=torch.__version__,
                   gpu=torch.cuda.get_device_name() if args.device == "cuda" else None,
@@ -338,8 +339,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    from teachers import UserError
-
     ap = flags()
     try:
         main(ap.parse_args())

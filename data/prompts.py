@@ -37,7 +37,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from data.fashion import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
 from data.imagenet import SUFFIXES, variants  # noqa: E402
-from teachers import SPECS, UserError, replacing  # noqa: E402
+from teachers import SPECS, UserError, local, replacing  # noqa: E402
 
 CAPTIONS = ("caption", "TEXT", "text", "prompt")
 SCORES = ("AESTHETIC_SCORE", "aesthetic", "aesthetic_score")
@@ -51,6 +51,21 @@ class Broken(Exception):
 
 def clean(text):
     return " ".join(text.translate(CONTROL).split())
+
+
+def read_prompts(path, flag="--prompts", numbered=False):
+    """The prompts of a text file, one a line, empty lines left out; numbered: there must be none but at the end."""
+    try:
+        with open(local(path), encoding="utf-8") as f:
+            lines = f.read().rstrip().split("\n")
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"{flag} {path}: cannot read ({err}); expected a text file, one prompt a line")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{flag} {path}: no prompt in it; expected a text file, one prompt a line")
+    if numbered and len(prompts) < len(lines):
+        raise UserError(f"{flag} {path}: a line amid it is empty; expected a caption on each, as image i has line i")
+    return prompts
 
 
 # =================================================================================================== sources

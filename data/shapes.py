@@ -35,7 +35,7 @@ sys.path.insert(0, ROOT)
 from data.tiny import fit, ship  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import SHAPES_CLIP, SPECS, build, clip_ids, replacing  # noqa: E402
+from teachers import SHAPES_CLIP, SPECS, UserError, build, clip_ids, replacing  # noqa: E402
 
 SIZE, FINE = 32, 8                                    # pixels a side; drawn FINE times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
@@ -224,7 +224,7 @@ def detect(img):
 
 def accuracy(n=6000, seed=5):
     """Share of fresh renderings that the reader, under GenEval's rules, finds to be what was asked for, by task."""
-    from evaluate import geneval_table, verdict
+    from data.benchmarks import geneval_table, verdict
 
     rows = []
     for i in range(n):
@@ -286,13 +286,14 @@ def teacher_loss(net, x, cond):
     """Eq. 1 as Meissonic trains: cross-entropy at masked tokens, mask ratio by the cosine, a tenth without a prompt.
 
     # choice: the time says nothing, 0 or a random step. The published sampler and distillation do not tell it either.
+    # choice: no label smoothing. A tenth of the mass on wrong tokens is a stray patch in most pictures.
     """
     mask = exact_mask(mask_ratio(torch.rand(len(x)), "cosine"), torch.rand(x.shape))
     drop = torch.rand(len(x)) < 0.1
     cond = [torch.where(drop.reshape(-1, *[1] * (c.ndim - 1)), n, c) for c, n in zip(cond, net.null(cond))]
     cond[3] = torch.randint(64, (len(x),)) * (torch.rand(len(x)) < 0.5).float()
     z = net(embed_tokens(x.masked_fill(mask, net.V), *net.tables()), tuple(cond))
-    loss = F.cross_entropy(z.flatten(0, 2), x.masked_fill(~mask, -100).flatten(), label_smoothing=0.1)  # -100: none
+    loss = F.cross_entropy(z.flatten(0, 2), x.masked_fill(~mask, -100).flatten())        # -100: not scored
     return loss, dict(masked=loss.detach())
 
 
@@ -330,29 +331,17 @@ def train(args):
             x = torch.cat([tokenizer.encode(part.float() / 255) for part in img.split(500)])
             features = model.condition(*text(text.tokenize(unique)))
             model.null_text, model.null_pooled = model.condition(*text(text.tokenize([spec.negative])))[:2]
+        net = torch.compile(model) if args.compile else model
 
         def loss_fn():
             i = batch()
-            return teacher_loss(model, x[i], [c[which[i]] for c in features])
+            return teacher_loss(net, x[i], [c[which[i]] for c in features])
 
     fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16, muon=args.train == "teacher")
     ship(model, os.path.join(folder, f"{args.train}.safetensors"), args, start)
 
 
-if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
-    ap.add_argument("--train", choices=["tokenizer", "clip", "teacher"], help="make a part of assets/shapes, in this order")
-    ap.add_argument("--go_on", action="store_true", help="train the shipped teacher further, not a new one")
-    ap.add_argument("--n", type=int, default=40_000, help="scenes to train on (%(default)s)")
-    ap.add_argument("--steps", type=int, default=3000)
-    ap.add_argument("--batch", type=int, default=128)
-    ap.add_argument("--lr", type=float, default=1e-3)
-    ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--bf16", action="store_true", help="bfloat16 autocast (fast on CPUs with AMX and on GPUs)")
-    ap.add_argument("--accuracy", action="store_true", help="score fresh renderings by the reader")
-    ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one a line, to distil from")
-    args = ap.parse_args()
+def main(args):
     if args.train:
         train(args)
     if args.accuracy:
@@ -369,3 +358,26 @@ if __name__ == "__main__":
             page.paste(Image.fromarray(pixels.transpose(1, 2, 0)).resize((96, 96), Image.Resampling.NEAREST), (x, y + 14))
             ImageDraw.Draw(page).text((x, y), text[:18], "black")
         page.save(args.sheet)
+
+
+if __name__ == "__main__":
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
+    ap.add_argument("--train", choices=["tokenizer", "clip", "teacher"], help="make a part of assets/shapes, in this order")
+    ap.add_argument("--go_on", action="store_true", help="train the shipped teacher further, not a new one")
+    ap.add_argument("--n", type=int, default=40_000, help="scenes to train on (%(default)s)")
+    ap.add_argument("--steps", type=int, default=3000)
+    ap.add_argument("--batch", type=int, default=128)
+    ap.add_argument("--lr", type=float, default=1e-3)
+    ap.add_argument("--seed", type=int, default=0)
+    ap.add_argument("--bf16", action="store_true", help="bfloat16 autocast (fast on CPUs with AMX and on GPUs)")
+    ap.add_argument("--compile", action="store_true", help="torch.compile the teacher (15%% faster; wants a C++ compiler)")
+    ap.add_argument("--accuracy", action="store_true", help="score fresh renderings by the reader")
+    ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one a line, to distil from")
+    args = ap.parse_args()
+    if min(args.n, args.steps, args.batch) < 1:
+        ap.exit(2, "shapes.py: --n, --steps and --batch are 1 or more\n")
+    try:
+        main(args)
+    except (UserError, OSError) as err:
+        ap.exit(2, f"shapes.py: {err}\n")
