@@ -3829,7 +3829,7 @@ def test_mask_ratios_keep_within_the_bounds_that_the_official_meissonic_code_has
     teacher = load_teacher("meissonic-tiny", random_weights=True)
     rows, ratios = teacher.conditions(["a", "b"]), {}
     for bounds in ([0.0, 1.0], [0.02, 0.98]):
-        c = train.settle(dict(teacher="meissonic-tiny", ratio_range=bounds, batch=200, out=f"{tmp_path}"), train.flags()[1])
+        c = train.settle(dict(teacher="meissonic-tiny", schedule="cosine", ratio_range=bounds, batch=200, out=f"{tmp_path}"), train.flags()[1])
         steps = [train.draw_step(c, n, 0, 200, teacher.net, rows) for n in range(10)]
         ratios[bounds[0]] = torch.cat([r for s in steps for r in (s.ratio, s.ratio_aux)])
     assert ratios[0.0].min() < 0.01 and ratios[0.0].max() > 0.99
@@ -3928,6 +3928,28 @@ def test_warm_up_starts_at_zero_and_ema_follows_the_official_ramp():
         ema.weight.data.fill_(1.0), net.weight.data.fill_(0.0)
         train.ema_update(ema, net, n, 0.9999)
         assert abs(ema.weight.item() - rate) < 1e-6
+
+
+def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adam_does():
+    torch.manual_seed(0)
+    matrix, gain, kernel = (nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8,), (4, 3, 3, 3)))
+    other = [nn.Parameter(p.detach().clone()) for p in (gain, kernel)]
+    opt = train.Muon([matrix, gain, kernel], 0.01, (0.9, 0.999), eps=1e-6, weight_decay=0.0, fused=True)
+    adam, before = torch.optim.Adam(other, 0.01, (0.9, 0.999), eps=1e-6, fused=True), matrix.detach().clone()
+    for p in (matrix, gain, kernel):
+        p.grad = torch.randn_like(p)
+    for p, q in zip(other, (gain, kernel)):
+        p.grad = q.grad.clone()
+    opt.step(), adam.step()
+    assert torch.equal(gain, other[0]) and torch.equal(kernel, other[1])
+    scale = torch.linalg.svdvals((matrix - before).detach()) / (0.01 * 0.2 * math.sqrt(24))   # all near 1, whatever g was
+    assert scale.min() > 0.6 and scale.max() < 1.3
+    assert {id(group) for group in opt.param_groups} == {id(group) for part in opt.parts for group in part.param_groups}
+    again = train.Muon([matrix, gain, kernel], 0.01, (0.9, 0.999), eps=1e-6, weight_decay=0.0, fused=True)
+    again.load_state_dict(opt.state_dict())
+    assert torch.equal(again.parts[0].state[matrix]["momentum_buffer"], opt.parts[0].state[matrix]["momentum_buffer"])
+    opt.zero_grad()
+    assert matrix.grad is gain.grad is None
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_ten(tmp_path, monkeypatch):
@@ -5066,7 +5088,8 @@ def test_a_picture_of_something_else_is_wrong_under_genevals_rules():
 # ----------------------------------------------------------------------------------- rewards in training
 def shapes_run(folder, **kw):
     given = {**dict(teacher="meissonic-tiny", random_weights=True, device="cpu", dtype="fp32", batch=4, steps=2, warmup=0,
-                    save_every=1, log_every=1, eval_every=0, reward=True, reward_start=0, out=folder), **kw}
+                    save_every=1, log_every=1, eval_every=0, reward=True, reward_start=0, student_start=0,
+                    init_from="teacher", out=folder), **kw}
     c = train.settle(given, train.flags()[1])
     train.train(c)
     return torch.load(f"{c.out}/ckpt.pt", weights_only=True), [json.loads(line) for line in open(f"{c.out}/log.jsonl")]
@@ -5080,6 +5103,18 @@ def test_reward_training_resumes_to_the_bit_whatever_the_chunks_and_logs_score_a
     assert log[0]["grad_reward"] > 0 and log[0]["grad_dimo"] > 0 and "clip" in log[0]
     _, again = shapes_run(f"{tmp_path}/chunked", reward_chunk=4)
     assert again[0]["grad_reward"] == pytest.approx(log[0]["grad_reward"], rel=1e-3)
+
+
+def test_the_shipped_teacher_draws_what_it_is_told_in_many_steps_and_not_in_one():
+    teacher = load_teacher("meissonic-tiny")
+    judge = ev.load_judge(teacher)
+    many, one = (judge(functools.partial(ev.generate_teacher, teacher, steps=N), 60, batch=60) for N in (16, 1))
+    assert many["geneval"] > 0.5 > 0.3 > one["geneval"] and many["clip"] > 15 > 5 > one["clip"]
+    student = copy.deepcopy(teacher.net)
+    teachers.load_state(student, teachers.read_weights(f"{HERE}/assets/shapes/theta0.safetensors"), "theta0")
+    row = judge(functools.partial(ev.generate_student, teacher, student, **{k: SPECS["meissonic-tiny"].student[k] for k in
+                                                                           ("init_ratio", "noise")}), 60, batch=60)
+    assert row["clip"] > 10 and row["chroma"] < 0.2 < one["chroma"]                           # no crumbs
 
 
 def test_reward_without_a_text_teacher_is_refused(tmp_path):
