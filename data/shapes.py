@@ -32,7 +32,8 @@ from scipy import ndimage
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data.tiny import fit, ship  # noqa: E402
+from data.benchmarks import TASKS, geneval_table, verdict  # noqa: E402
+from data.tiny import fit, pixel_loss, ship  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
 from teachers import SHAPES_CLIP, SPECS, UserError, build, clip_ids, replacing  # noqa: E402
@@ -41,7 +42,6 @@ SIZE, FINE = 32, 8                                    # pixels a side; drawn FIN
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
 HUES = {"red": 0, "orange": 30, "yellow": 58, "green": 125, "blue": 222, "purple": 285}       # degrees
 COLORS = tuple(HUES)
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")       # GenEval's
 MIXED = (*TASKS, "mixture", "mixture")                # what to train on
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -224,8 +224,6 @@ def detect(img):
 
 def accuracy(n=6000, seed=5):
     """Share of fresh renderings that the reader, under GenEval's rules, finds to be what was asked for, by task."""
-    from data.benchmarks import geneval_table, verdict
-
     rows = []
     for i in range(n):
         rng = np.random.default_rng([seed, i])
@@ -235,11 +233,6 @@ def accuracy(n=6000, seed=5):
 
 
 # ================================================================================ the tiny teacher, from scratch
-def pixel_loss(out, img):
-    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
-    return (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
-
-
 def patches(img, side=UNIT):
     """Pictures (n, 3, H, W) -> their patches (n, L, 3 side^2), row by row."""
     return img.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -266,8 +259,7 @@ def tokenizer_loss(tok, centres, img):
     x = torch.cdist(patches(img), centres).argmin(-1)                                         # (B, L)
     codes = tok.codebook.weight[x]                                                            # (B, L, embed)
     z, out = tok.latents(img).float().flatten(2).transpose(1, 2), tok.pixels(codes).float()
-    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
-    recon, miss = (out - img).abs().mean() + 5 * (out - img).square().mean() + edges, (z - codes).square().mean()
+    recon, miss = pixel_loss(out, img), (z - codes).square().mean()
     right = (tok.nearest(z) == x).float().mean()
     return recon + 5 * miss, dict(recon=recon.detach(), right=right)
 

@@ -62,6 +62,12 @@ def fit(model, loss_fn, steps, lr, betas=(0.9, 0.99), weight_decay=0.01, ema_dec
     return model.eval()
 
 
+def pixel_loss(out, img):
+    """Distance of pixels, absolute and squared, and of edges: images (B, C, H, W) -> a number."""
+    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
+    return (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
+
+
 def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
     """Reconstruction of pixels and edges, commitment, and LFQ's entropy term.
 
@@ -72,8 +78,7 @@ def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
     z = tok.encoder(img).float()                                                              # (B, bits, h, w)
     sign = torch.where(z > 0, 1.0, -1.0)
     out = tok.decoder(z + (sign - z).detach()).float()                                        # straight-through
-    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
-    recon = (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
+    recon = pixel_loss(out, img)
     commit = (z - sign).square().mean()
     p = torch.sigmoid(4 * z).flatten(2).transpose(1, 2).reshape(-1, tok.bits).clamp(1e-6, 1 - 1e-6)    # (N, bits)
     sure = -(p * p.log() + (1 - p) * (1 - p).log()).sum(1).mean()
