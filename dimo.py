@@ -42,7 +42,7 @@ def mask_ratio(u, schedule="arccos"):
     if schedule == "square":
         return u**2
     if schedule == "mage":  # normal(0.55, 0.25) truncated to [0.5, 1], by its inverse CDF
-        lo, hi = (torch.special.ndtr(torch.tensor((b - 0.55) / 0.25, device=u.device)) for b in (0.5, 1.0))
+        lo, hi = ((1 + math.erf((b - 0.55) / 0.25 / math.sqrt(2))) / 2 for b in (0.5, 1.0))
         return 0.55 + 0.25 * torch.special.ndtri(lo + u * (hi - lo))
     raise ValueError(f"unknown mask schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
 
@@ -54,8 +54,9 @@ def exact_mask(ratio, scores, least=1):
     subset. # choice: a unit is one (position, group), as the teacher MaskBit was trained; the paper does not say.
     """
     flat = scores.flatten(1)                                                                  # (B, L*G)
-    ratio = torch.as_tensor(ratio, dtype=torch.float32, device=scores.device)
-    count = (ratio * flat.shape[1]).round().clamp(min=least)                                    # half to even
+    if not torch.is_tensor(ratio):                    # filled on the device: a copy from the host would wait
+        ratio = torch.full((), ratio, dtype=torch.float32, device=scores.device)
+    count = (ratio.float() * flat.shape[1]).round().clamp(min=least)                         # half to even
     rank = flat.argsort(1).argsort(1)
     return (rank < count.reshape(-1, 1)).view_as(scores)
 
@@ -101,8 +102,7 @@ def guided_logits(net, e, cond, w):
         return net(e, cond)
     both = tuple(torch.cat(pair) for pair in zip(cond, net.null(cond)))
     c, u = net(torch.cat([e, e]), both).chunk(2)
-    w = torch.as_tensor(w, dtype=c.dtype, device=c.device).reshape(-1, 1, 1, 1)
-    return u + w * (c - u)
+    return torch.lerp(u, c, w.to(c.dtype).reshape(-1, 1, 1, 1) if torch.is_tensor(w) else w)
 
 
 # ------------------------------------------------------------------------ the gradient of Eq. 2
@@ -114,11 +114,11 @@ def divergence_grad(z_teacher, z_aux, mask, beta=0.0):
     else:     generalised Jeffreys, (1 - beta) FKL + beta RKL; the paper's MaskGit run takes beta = -0.2.
     Float32 throughout: log p - log q of bf16 logits is mostly rounding.
     """
-    log_q, log_p = z_teacher.float().log_softmax(-1), z_aux.float().log_softmax(-1)
-    p = log_p.exp()
-    g = (1 - beta) * (p - log_q.exp()) if beta != 1 else 0.0
+    z_teacher, z_aux = z_teacher.float(), z_aux.float()
+    p = z_aux.softmax(-1)
+    g = (1 - beta) * (p - z_teacher.softmax(-1)) if beta != 1 else 0.0
     if beta != 0:
-        log_r = log_p - log_q
+        log_r = z_aux.log_softmax(-1) - z_teacher.log_softmax(-1)
         g = g + beta * p * (log_r - (p * log_r).sum(-1, keepdim=True))
     return g * mask[..., None]                                                                # Eq. (2)
 
@@ -128,12 +128,12 @@ def dimo_grad(teacher, aux, e_t, cond, mask, w=1.0, beta=0.0, weight=1.0):
     """Gradient for the student's logits, Eq. 2 and Alg. 1 l. 8-11: (B, L, G, V), to be divided by the batch.
 
     e_t (B, L, d) embeds the masked state x_t (or, App. I.15, the masked soft embedding), once for both networks, whose
-    frozen tables are the same; w is the teacher's
-    guidance; weight is w(t), a number or (B,). The auxiliary is not guided: it models what the student does.
+    frozen tables are the same; w is the teacher's guidance; weight is w(t), a number or (B,). The auxiliary is not
+    guided: it models what the student does.
     """
     z_teacher, z_aux = guided_logits(teacher, e_t, cond, w), aux(e_t, cond)
     g = divergence_grad(z_teacher, z_aux, mask, beta)
-    return g * torch.as_tensor(weight, device=g.device).reshape(-1, 1, 1, 1)
+    return g * (weight.reshape(-1, 1, 1, 1) if torch.is_tensor(weight) else weight)
 
 
 # ---------------------------------------------------------------------------- the auxiliary

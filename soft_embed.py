@@ -97,9 +97,10 @@ def sample_tokens(z, temperature=1.0, u=None):
     """
     if temperature == 0:
         return z.argmax(-1)
-    p = (z.float() / temperature).softmax(-1)
+    p = (z.float() if temperature == 1 else z.float() / temperature).softmax(-1)
     u = torch.rand(p.shape[:-1], device=p.device) if u is None else u
-    return (p.to(u.dtype).cumsum(-1) <= u[..., None]).sum(-1).clamp_(max=z.shape[-1] - 1)
+    below = torch.searchsorted(p.to(u.dtype).cumsum(-1), u[..., None], right=True)            # (B, L, G, 1)
+    return below[..., 0].clamp_(max=z.shape[-1] - 1)
 
 
 def concentration(z):

@@ -103,7 +103,7 @@ class Teacher(NamedTuple):
 
         # choice: the root mean square of the table, where a spec does not say; the paper is silent.
         """
-        return self.spec.noise_scale or (net or self.net).tables()[0][:, : self.net.V].square().mean().sqrt().item()
+        return self.spec.noise_scale or (net or self.net).tables()[0][:, : self.net.V].square().mean().sqrt()
 
     def conditions(self, prompts=None):
         """The condition dataset D_c of Alg. 1, a row each: labels (classes,), or prompts' token ids (n, context)."""
@@ -118,7 +118,8 @@ class Teacher(NamedTuple):
         Drawn in this order, so a seed means the same start wherever it is used. u draws tokens; TTEO draws none.
         """
         E = net.tables()[0]
-        shape, how = (n, net.L, net.G), dict(generator=generator, device=E.device)
+        shape, how = (n, net.L, net.G), dict(device=E.device)
+        how |= {"generator": generator} if generator else {}          # torch.export knows the global one alone
         tokens = torch.randint(net.V, shape, **how)
         scores, u = (torch.rand(shape, **how) for _ in range(2))
         noise = torch.randn(*shape[:2], E.shape[-1], **how) * self.noise_unit(net)
@@ -215,9 +216,9 @@ def split_heads(qkv, heads):
 
 def attend(q, k, v, dropout=0.0):
     """softmax(q k^T / sqrt(d)) v, (B, heads, T, d) each, heads joined again: (B, T, heads d)."""
-    if q.device.type == "cpu" and k.shape[2] <= 512:  # torch's fused CPU kernel halves the speed at short lengths
-        p = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-        y = F.dropout(p, dropout) @ v
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 512:
+        p = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+        y = F.dropout(p, dropout) @ v                 # the fused kernel's backward pass is five times slower there
     else:
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
@@ -450,13 +451,13 @@ class TokenCoder(Network):
     G = 1
 
     def decode(self, e, cond=(), clamp=True, chunk=None):
-        """Decoder embeddings e (B, L, d_dec) -> images (B, C, H, W) in [0, 1], `chunk` images at a time.
+        """Decoder embeddings e (B, L, d_dec) -> images (B, C, H, W) in [0, 1], `chunk` images at a time; 0: all at once.
 
         cond is the teacher's condition; MaskGen's decoder reads the prompt in it, the others do not look.
         """
         # 1,024 tokens, 16 images of the tiny world, fit a CPU's cache; 16,384 are 4 images of 1024 px
-        chunk = chunk or max(1, (1024 if e.device.type == "cpu" else 2**14) // e.shape[1])
-        parts = zip(e.split(chunk), *(c.split(chunk) for c in cond))
+        chunk = max(1, (1024 if e.device.type == "cpu" else 2**14) // e.shape[1]) if chunk is None else chunk
+        parts = zip(e.split(chunk), *(c.split(chunk) for c in cond)) if chunk else [(e, *cond)]
         img = torch.cat([self.pixels(part, conds) for part, *conds in parts])
         return img.clamp(0, 1) if clamp else img
 
@@ -732,8 +733,8 @@ class Meissonic(Network):
 
     def condition(self, states, final, pooled):
         """The text tower's three outputs -> cond; no padding mask: the network was trained to attend to padding."""
-        micro = torch.tensor(self.micro, device=pooled.device).expand(len(pooled), -1)
-        return states, pooled, micro, torch.zeros(len(pooled), device=pooled.device)
+        micro = torch.tensor(self.micro, device=pooled.device).expand(pooled.shape[0], -1)
+        return states, pooled, micro, torch.zeros(pooled.shape[0], device=pooled.device)
 
     @property
     def feature_grid(self):
@@ -746,7 +747,7 @@ class Meissonic(Network):
         text, pooled, micro, t = cond
         (H, W), S = self.grid, text.shape[1]
         wave = lambda t: torch.cat(sinusoid(t, 256), -1).to(pooled.dtype)                     # cosines first
-        v = self.embed_cond(torch.cat([pooled, wave(micro.flatten()).view(len(e), -1)], 1))
+        v = self.embed_cond(torch.cat([pooled, wave(micro.flatten()).view(e.shape[0], -1)], 1))
         v = F.silu(self.embed_time(wave(1000 * t)) + self.embed_text(v))                      # (B, D), to every block
         c = self.norm_text(self.proj_text(text))                                              # (B, S, D)
         x = self.proj_in(self.norm_in(e))                                                     # (B, L, D)
@@ -815,7 +816,7 @@ class SingleBlock(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-def rope_table(text, h, w, axes, device):
+def angles(text, h, w, axes, device):
     """cos and sin (text + h w, sum(axes) / 2): text at the origin, unturned, then places (0, row, column) of a grid.
 
     axes[k] dimensions of a head, in adjacent pairs, turn with coordinate k. Angles in float64, tables in float32.
@@ -825,6 +826,12 @@ def rope_table(text, h, w, axes, device):
     turns = [10_000 ** -(torch.arange(0, n, 2, dtype=torch.float64) / n) for n in axes]       # per unit of place
     angle = torch.cat([place[:, k, None] * turn for k, turn in enumerate(turns)], 1)
     return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+@torch.compiler.assume_constant_result
+def rope_table(*where):
+    """angles(...), which compiled graphs hold as a constant: they would compute them in every pass."""
+    return angles(*where)
 
 
 # =============================================================================================== MaskGen
@@ -862,7 +869,7 @@ class MaskGen(Network):
         return self.tok_emb.weight[None, : self.V + 1], self.tok_emb.weight.new_zeros(())     # (1, V+1, d)
 
     def condition(self, states, final, pooled):
-        return states, pooled, pooled.new_full((len(pooled),), self.score), final
+        return states, pooled, pooled.new_full((pooled.shape[0],), self.score), final
 
     def forward(self, e, cond, layers=(), s=0.0, noise=None):
         text, pooled, score = cond[:3]
@@ -909,7 +916,7 @@ class ViTHalf(Network):
         return self.walk(self.transformer, self.ln_pre(torch.cat(parts, 1)))[0]
 
     def with_class(self, h):
-        return torch.cat([self.class_embedding.expand(len(h), 1, -1), h], 1) + self.positional_embedding
+        return torch.cat([self.class_embedding.expand(h.shape[0], 1, -1), h], 1) + self.positional_embedding
 
 
 class TiTokEncoder(ViTHalf):
@@ -919,7 +926,7 @@ class TiTokEncoder(ViTHalf):
 
     def forward(self, img, latent_tokens):
         h = self.with_class(self.patch_embed(img).flatten(2).transpose(1, 2))                 # (B, 1 + places, width)
-        queries = (latent_tokens + self.latent_token_positional_embedding).expand(len(img), -1, -1)
+        queries = (latent_tokens + self.latent_token_positional_embedding).expand(img.shape[0], -1, -1)
         return self.conv_out(self.ln_post(self.through(h, queries)[:, h.shape[1]:]))          # (B, L, embed)
 
 
@@ -935,7 +942,7 @@ class TiTokDecoder(ViTHalf):
 
     def forward(self, e, guide):
         """e (B, L, embed), guide (B, text, text_width) -> images (B, C, H, W), about in [0, 1]."""
-        blank = self.with_class(self.mask_token.expand(len(e), self.places, -1))              # a place for each patch
+        blank = self.with_class(self.mask_token.expand(e.shape[0], self.places, -1))              # a place for each patch
         tokens = self.decoder_embed(e) + self.latent_token_positional_embedding
         text = self.text_guidance_proj(guide) + self.text_guidance_positional_embedding
         h = self.ln_post(self.through(blank, tokens, text)[:, 1 : 1 + self.places])           # (B, places, width)
@@ -1008,7 +1015,7 @@ class TextTower(nn.Module):
             for block in self.tower.transformer.resblocks:
                 states, h = h, block(h, attn_mask=causal)
             final = self.tower.ln_final(h)
-            end = final[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]            # the largest id ends it
+            end = final[torch.arange(ids.shape[0], device=ids.device), ids.argmax(-1)]            # the largest id ends it
             return states, final, end @ self.tower.text_projection                            # not normalised
 
     published_names = renames("""
@@ -1574,7 +1581,7 @@ if __name__ == "__main__":
     ap.add_argument("--random_weights", action="store_true", help="no files at all: to see sizes")
     ap.add_argument("--images", metavar="FOLDER", help="real images: a subfolder a class, or with NAME.txt prompts")
     ap.add_argument("--n", type=int, default=64, help="how many of them (%(default)s)")
-    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ap.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     try:
         check(ap.parse_args())
     except UserError as err:
