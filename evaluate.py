@@ -32,6 +32,7 @@ says assets/fashion/reference.json.
     python evaluate.py --teacher meissonic-tiny --steps 1 16     # GenEval on the world of shapes, and a CLIP's score
     python evaluate.py --ckpt ... --benchmark geneval --metadata evaluation_metadata.jsonl --detector mask2former
     python evaluate.py --ckpt ... --benchmark hps --metadata HPDv2/benchmark                 # and clip, captions.txt
+    python evaluate.py --ckpt out/run/ckpt.pt --export student.pt2           # one file that runs without this code
     python evaluate.py --reconstruction                          # the tokenizer: what limits every student
     python evaluate.py --reconstruction --teacher maskgit --real imagenet/val                # rFID and PSNR of another
     python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
@@ -68,7 +69,7 @@ from data.inception import INCEPTION, RESIZES, Inception, download, load_incepti
 from data.prompts import read_prompts
 from dimo import initial_tokens, student_logits
 from reward import load_judges
-from soft_embed import sample_tokens
+from soft_embed import embed_tokens, sample_tokens
 from teachers import (HERE, SPECS, UserError, decode_tokens, fingerprint, load_state, load_student, load_teacher,
                       read_weights, replacing)
 from tteo import now
@@ -385,20 +386,60 @@ def load_measure(args, device):
 
 
 # ============================================================================================== generation
+def student_tokens(teacher, net, rows, init_ratio=0.6, noise=0.1, temperature=1.0, generator=None):
+    """One pass of the generator `net`: rows (B, ...) of teacher.conditions -> logits z, tokens x, and what rows say."""
+    (E, bias), cond = net.tables(), teacher.cond(rows)
+    tokens, scores, u, n = teacher.draw_start(net, rows.shape[0], generator)
+    x_init = initial_tokens(tokens, init_ratio, scores, net.V)                                # Alg. 1, l. 4
+    z = student_logits(net, x_init, cond, E, bias, noise, n)                                  # l. 5: (B, L, G, V)
+    return z, sample_tokens(z, temperature, u).clamp_(max=net.V - 1), cond                    # l. 6, no masks
+
+
 @torch.no_grad()
 def generate_student(teacher, net, rows, *, init_ratio=0.6, noise=0.1, temperature=1.0, generator=None, seconds=None):
     """One pass of the generator `net`: rows (B, ...) of teacher.conditions -> uint8 images (B, C, H, W).
 
     temperature 0 is argmax. seconds, a Counter, receives the time of the "tokens" and of the "pixels", the decoder's.
     """
-    start, (E, bias), cond = now(rows.device), net.tables(), teacher.cond(rows)
-    tokens, scores, u, n = teacher.draw_start(net, len(rows), generator)
-    x_init = initial_tokens(tokens, init_ratio, scores, net.V)                                # Alg. 1, l. 4
-    z = student_logits(net, x_init, cond, E, bias, noise, n)                                  # l. 5: (B, L, G, V)
+    start = now(rows.device)
+    z, x, cond = student_tokens(teacher, net, rows, init_ratio, noise, temperature, generator)
     if not torch.isfinite(z).all():
         raise UserError("the student's logits are not finite: its training diverged, take an earlier checkpoint")
-    x = sample_tokens(z, temperature, u).clamp_(max=net.V - 1)                                # l. 6, no masks
     return to_pixels(teacher, x, cond, start, seconds)
+
+
+class OneStep(nn.Module):
+    """Student and decoder as one module, rows of teacher.conditions -> uint8 images; torch.manual_seed fixes the starts."""
+
+    def __init__(self, teacher, net, **start):
+        super().__init__()
+        self.teacher, self.start = teacher, start
+        self.net, self.tokenizer, self.text = net, teacher.tokenizer, teacher.text
+
+    def forward(self, rows):
+        _, x, cond = student_tokens(self.teacher, self.net, rows, **self.start)
+        return to_bytes(self.tokenizer.decode(embed_tokens(x, *self.tokenizer.tables()), cond, chunk=0), self.teacher.spec)
+
+
+@torch.no_grad()
+def export(teacher, net, path, **start):
+    """Write a OneStep as a file of torch.export: torch.export.load(path).module()(rows), for any batch from 2 on, without this code.
+
+    It runs on the kind of device on which it was exported. Compared with the module itself before it is kept.
+    """
+    rows, model = teacher.conditions(["a photo"] * 3 if teacher.text else None)[:3], OneStep(teacher, net, **start).eval()
+    draw = lambda run: (torch.manual_seed(0), run(torch.cat([rows, rows])))[1]
+    with torch.random.fork_rng():
+        images = draw(model)                          # first: what the networks keep from call to call must be real tensors
+        program = torch.export.export(model, (rows,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=False)
+        exported = draw(program.module())
+    if not torch.equal(images, exported):
+        raise UserError(f"--export {path}: the exported program draws other images than the student; nothing is written")
+    try:
+        with replacing(path) as f:
+            torch.export.save(program, f)
+    except OSError as err:
+        raise UserError(f"--export {path}: cannot write there ({err.strerror})")
 
 
 @torch.no_grad()
@@ -435,6 +476,29 @@ def all_reduce(t):
     if dist.is_initialized():
         dist.all_reduce(t)
     return t
+
+
+def join_processes(kind):
+    """This process's device, "cuda" or "cpu", and the process group, where torchrun started several processes.
+
+    A restart (torchrun --max-restarts) on one node meets under a name of its own: the agent's store still has the
+    addresses of the processes that died. Agents of several nodes count restarts each for itself; there the store itself
+    must be new, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 sees to (README).
+    """
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    return device
+
+
+def peer_is_gone(err):
+    """Is this RuntimeError what a process hears, in its next collective, when another of the group has died?"""
+    return dist.is_initialized() and bool(re.search(r"closed by peer|reset by peer|timed? ?out|NCCL|remote process", str(err)))
 
 
 def is_first():
@@ -898,6 +962,7 @@ def flags():
     add("--tokenizer_weights", metavar="PATH", help="local file instead of the published one")
     add("--text_weights", metavar="PATH", help="local file of the text encoder instead of the published one")
     add("--text_activation", choices=["gelu", "quick_gelu"], help="of the text encoder (MaskGen's is not certain)")
+    add("--export", metavar="FILE", help="write the student and its decoder as one file of torch.export; draw nothing")
     add("--random_weights", action="store_true", help="a teacher without files, to try memory and speed")
     add("--prompts", metavar="FILE", help="what to draw with a text teacher, one prompt a line, taken in turn "
         "(default: assets/prompts.txt, or a tiny world's own)")
@@ -948,7 +1013,7 @@ def flags():
     add("--out", default="out/evaluate", help="folder of results.jsonl (appended) and sheet.png (%(default)s)")
 
     add = ap.add_argument_group("system").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (%(default)s)")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add("--bf16", action="store_true", help="networks in bfloat16; decoder and features stay in float32")
 
     add = ap.add_argument_group("the tiny world's metric").add_argument
@@ -986,18 +1051,11 @@ def models(args, device):
 
 def main(args):
     # ------------------------------------------------------------------------------- processes and device
-    if args.device not in ("cuda", "cpu"):
-        raise UserError(f"--device {args.device}: expected cuda or cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
     if args.make_reference:
         return make_reference(args)
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = join_processes(args.device)
     first = is_first()
     try:
         os.makedirs(args.out, exist_ok=True)
@@ -1006,6 +1064,12 @@ def main(args):
 
     system = dict(dtype="bf16" if args.bf16 else "fp32",
                   device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch=torch.__version__)
+    if args.export:
+        if len(args.ckpt) != 1:
+            raise UserError(f"--export {args.export} writes one student: name it by --ckpt PATH")
+        make_images = next(models(args, device))[1]
+        export(*make_images.args, args.export, **make_images.keywords)
+        return print(f"wrote {args.export}: torch.export.load({args.export!r}).module() maps rows of conditions to images")
     benches, measure = load_benchmarks(args, device), load_measure(args, device)
     jobs = [*((None,) if args.metrics is None and not benches or {*(args.metrics or ())} & {*JUDGED} else ()), *benches]
     if args.save_reference:
@@ -1103,6 +1167,10 @@ if __name__ == "__main__":
         main(ap.parse_args())
     except UserError as err:
         ap.exit(2, f"evaluate.py: {err}\n")
+    except RuntimeError as err:
+        if not peer_is_gone(err):
+            raise
+        ap.exit(3, f"evaluate.py: another process is gone ({str(err).splitlines()[0][:200]}); its own message says why\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -24,6 +24,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import unicodedata
 import weakref
@@ -49,6 +50,7 @@ import train
 import tteo
 from data import benchmarks, fashion, imagenet, inception, prompts, shapes
 from data.tiny import mdm_loss, tokenizer_loss
+from data.tokens import TextFeatures, describe, load_tokens
 from teachers import HERE, SPECS, BitTokenizer, MaskBit, Spec, UserError, load_teacher
 
 
@@ -1618,17 +1620,21 @@ def test_memory_of_a_meissonic_step_at_1024_pixels_counts_well_below_80_gb():
         net.null_text, net.null_pooled = cond[0][:1], cond[1][:1]
         x, mask, noise = torch.zeros(B, 4096, 1).long(), torch.ones(B, 4096, 1).bool(), torch.empty(B, 4096, 1024)
         E, bias = (t.detach() for t in student.tables())
-        for _ in range(2):                                        # Adam's moments exist from the first step on
-            live.peak = live.now
-            with bf16:
-                z = dimo.student_logits(student, x, cond, E, bias, 0.3, noise)
-                drawn = se.sample_tokens(z.detach(), u=torch.empty(B, 4096, 1))
-                z.backward(dimo.dimo_grad(net, aux, se.embed_tokens(drawn, E, bias), cond, mask, 4.0))
-            opts[0].step(), opts[0].zero_grad()
-            with bf16:
-                dimo.aux_loss(aux(se.embed_tokens(drawn, E, bias), cond), drawn, mask).backward()
-            opts[1].step(), opts[1].zero_grad()
-            del z, drawn
+        for opt in opts:                                          # Adam's moments exist from the first step on
+            for p in opt.param_groups[0]["params"]:
+                p.grad = torch.empty_like(p) if p.requires_grad else None
+            opt.step(), opt.zero_grad()
+        del p
+        live.peak = live.now
+        with bf16:
+            z = dimo.student_logits(student, x, cond, E, bias, 0.3, noise)
+            drawn = se.sample_tokens(z.detach(), u=torch.empty(B, 4096, 1))
+            z.backward(dimo.dimo_grad(net, aux, se.embed_tokens(drawn, E, bias), cond, mask, 4.0))
+        opts[0].step(), opts[0].zero_grad()
+        with bf16:
+            dimo.aux_loss(aux(se.embed_tokens(drawn, E, bias), cond), drawn, mask).backward()
+        opts[1].step(), opts[1].zero_grad()
+        del z, drawn
         step, rest = live.peak, live.now
         live.peak, z = rest, torch.empty(1, 4096, 1, 8192, requires_grad=True)
         tok.decode(se.soft_embed(z, *tok.tables())).mean().backward()
@@ -3128,7 +3134,7 @@ def test_what_tteo_cannot_do_is_refused_with_a_sentence(monkeypatch, tmp_path, c
 def load(path):
     """(tokens, labels, meta) through train.py's own reader."""
     meta = None if str(path).endswith(".npz") else json.loads((path / "meta.json").read_text())
-    return *train.load_tokens(str(path), tiny_teacher("maskbit-tiny"))[:2], meta
+    return *load_tokens(str(path), tiny_teacher("maskbit-tiny"))[:2], meta
 
 
 def make_photos(folder, per_class=5, side=28):
@@ -3220,9 +3226,9 @@ def test_unreadable_images_are_named_and_leave_no_rows(tmp_path):
     assert (tmp_path / "a" / "skipped.txt").read_text().startswith("0/00.png\tUnidentifiedImageError")
     assert meta["skipped"] == 1 and x.shape == (98, 64, 2) and list(y[:10]) == [0] * 8 + [1] * 2
     tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)
-    assert meta["tokenizer"] == fashion.describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
+    assert meta["tokenizer"] == describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
     next(tokenizer.parameters()).data += 1e-3                                                # other weights: other hash
-    assert meta["tokenizer"] != fashion.describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
+    assert meta["tokenizer"] != describe(tokenizer, "maskbit-tiny", "")["tokenizer"]
     tokenizer = imagenet.load_tokenizer("maskbit-tiny", random_weights=True)
     views = imagenet.variants(os.path.join(folder, "9/49.png"), 49, (1, 32, 32), flip=True, crops=0, seed=0)
     assert np.array_equal(views[0][:, :, ::-1], views[1])
@@ -3457,7 +3463,7 @@ def test_pairs_are_the_tokenizers_own_tokens_and_train_reads_them_back(tmp_path,
     monkeypatch.setattr(type(teacher.tokenizer), "encode", lambda self, img: (seen.append(img), encode(self, img))[1])
     prompts.main(pairs_args(folder, tmp_path / "out"))
     images = torch.cat(seen[1:])                      # the pictures themselves: random weights hardly tell them apart
-    x, labels, lines = train.load_tokens(str(tmp_path / "out"), teacher)
+    x, labels, lines = load_tokens(str(tmp_path / "out"), teacher)
     good = [0, 1, 6, 7, 8, 9, 10]
     assert [lines[i] for i in labels] == [f"picture {max(i, 1)} 👩‍👩‍👧" for i in good] and labels[0] == labels[1] == 0
     assert len(x) == len(images) == len(good)
@@ -3469,18 +3475,18 @@ def test_pairs_are_the_tokenizers_own_tokens_and_train_reads_them_back(tmp_path,
     assert [line.split("\t")[0] for line in skipped] == ["02.png", "03.png", "04.png"]
     assert "cannot identify" in skipped[0] and "utf-8" in skipped[1] and "empty" in skipped[2]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    said = fashion.describe(teacher.tokenizer, "maskgen-tiny", str(folder))
+    said = describe(teacher.tokenizer, "maskgen-tiny", str(folder))
     assert meta == said | dict(n=7, variants=1, prompts=6, skipped=3, complete=True)
     assert "7 images, 6 prompts; 3 images left out" in capsys.readouterr().out
     prompts.main(pairs_args(folder, tmp_path / "out", "--limit", "2"))                        # anew, and nothing of before
-    assert len(train.load_tokens(str(tmp_path / "out"), teacher)[0]) == 2
+    assert len(load_tokens(str(tmp_path / "out"), teacher)[0]) == 2
     assert sorted(os.listdir(tmp_path / "out")) == ["labels.npy", "meta.json", "prompts.txt", "tokens.npy"]
 
 
 def test_batches_of_the_gan_see_the_prompts_of_their_images(tmp_path):
     teacher = load_teacher("maskgen-tiny", random_weights=True)
     prompts.main(pairs_args(make_pairs(tmp_path / "in"), tmp_path / "out"))
-    x, labels, lines = train.load_tokens(str(tmp_path / "out"), teacher)
+    x, labels, lines = load_tokens(str(tmp_path / "out"), teacher)
     assert labels.max() == len(lines) - 1 and teacher.conditions(lines).shape[0] == len(lines) == 6
 
 
@@ -3500,12 +3506,12 @@ def test_a_kill_at_any_file_leaves_a_folder_that_train_refuses_or_the_old_one(tm
         with pytest.raises(KeyboardInterrupt):
             prompts.main(pairs_args(folder, tmp_path / "out"))
     if name == "encode":                              # before anything is written the old folder stays whole
-        assert len(train.load_tokens(str(tmp_path / "out"), teacher)[0]) == 2
+        assert len(load_tokens(str(tmp_path / "out"), teacher)[0]) == 2
     else:
         with pytest.raises(UserError, match="cannot read real tokens"):
-            train.load_tokens(str(tmp_path / "out"), teacher)
+            load_tokens(str(tmp_path / "out"), teacher)
     prompts.main(pairs_args(folder, tmp_path / "out"))
-    assert len(train.load_tokens(str(tmp_path / "out"), teacher)[0]) == 7
+    assert len(load_tokens(str(tmp_path / "out"), teacher)[0]) == 7
 
 
 def test_folders_without_pairs_and_class_teachers_are_refused(tmp_path):
@@ -3694,7 +3700,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert (tmp_path / "2" / "sheet.png").stat().st_size > 1000
 
 
-def test_what_cannot_be_evaluated_is_refused_with_a_sentence(tmp_path):
+def test_what_cannot_be_evaluated_is_refused_with_a_sentence(tmp_path, capsys):
     assert ev.load_extractor(teachers.SPECS["maskbit"]) == (None, None)
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 32, 32)))
     np.savez(tmp_path / "other.npz", mu=np.zeros(4), sigma=np.eye(4))
@@ -3707,9 +3713,12 @@ def test_what_cannot_be_evaluated_is_refused_with_a_sentence(tmp_path):
     for flags in (["--n", "0"], ["--n", "9"], ["--temperature", "-1"], ["--ckpt", "nowhere.pt"], ["--teacher", "maskgot"],
                   ["--prompts", "nowhere.txt", "--teacher", "maskgen-tiny", "--random_weights"],
                   ["--order", "halton", "--teacher", "maskgen-tiny", "--random_weights"]):
-        done = subprocess.run([sys.executable, os.path.join(HERE, "evaluate.py"), *flags, "--out", str(tmp_path)],
-                              capture_output=True, text=True)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and flags[1] in done.stderr
+        with pytest.raises((UserError, SystemExit)) as end:
+            ev.main(ev.flags().parse_args([*flags, "--out", str(tmp_path)]))
+        assert flags[1] in (str(end.value) if isinstance(end.value, UserError) else capsys.readouterr().err), flags
+    done = subprocess.run([sys.executable, os.path.join(HERE, "evaluate.py"), "--n", "9", "--out", str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "--n 9" in done.stderr
 
 
 def test_a_sheet_has_a_column_a_class_and_a_table_says_what_n_does(tmp_path):
@@ -3841,21 +3850,21 @@ def test_mask_ratios_keep_within_the_bounds_that_the_official_meissonic_code_has
 def test_features_of_prompts_are_the_same_bits_however_they_came_and_outlive_the_run_in_a_folder(name, tmp_path):
     teacher = load_teacher(name, random_weights=True)
     rows = teacher.conditions([f"thing {i}" for i in range(40)])
-    memory, folder, off = (train.TextFeatures(teacher, rows, k) for k in ("memory", f"{tmp_path}/t", "off"))
+    memory, folder, off = (TextFeatures(teacher, rows, k) for k in ("memory", f"{tmp_path}/t", "off"))
     for i in range(6):
         which = torch.randint(40, (9,), generator=seed(i))
         assert same(memory(which), folder(which))
         assert all((a - b).abs().max() < 1e-5 for a, b in zip(memory(which), off(which)))
-    backwards, every = train.TextFeatures(teacher, rows), torch.arange(40)                    # another order of arrival
+    backwards, every = TextFeatures(teacher, rows), torch.arange(40)                    # another order of arrival
     assert same(backwards(every.flip(0)), memory(every.flip(0)))
     (kept,) = os.listdir(f"{tmp_path}/t")
-    again = train.TextFeatures(teacher, rows, f"{tmp_path}/t")
+    again = TextFeatures(teacher, rows, f"{tmp_path}/t")
     assert torch.equal(again.known, folder.known) and 9 < again.known.sum() <= 40
     again.parts[0][which] += 1                                    # read, not encoded anew; another prompt list, another folder
-    assert torch.equal(train.TextFeatures(teacher, rows, f"{tmp_path}/t")(which)[0], memory(which)[0] + 1)
-    train.TextFeatures(teacher, rows[:30], f"{tmp_path}/t")
+    assert torch.equal(TextFeatures(teacher, rows, f"{tmp_path}/t")(which)[0], memory(which)[0] + 1)
+    TextFeatures(teacher, rows[:30], f"{tmp_path}/t")
     assert len(os.listdir(f"{tmp_path}/t")) == 2
-    much = train.TextFeatures(teacher, rows, limit=1000)
+    much = TextFeatures(teacher, rows, limit=1000)
     assert "--text_cache FOLDER" in much.why and same(much(which), off(which))
 
 
@@ -5123,3 +5132,281 @@ def test_reward_without_a_text_teacher_is_refused(tmp_path):
     done = subprocess.run([sys.executable, "train.py", "--teacher", "meissonic-tiny", "--reward", "--rewards", "beauty=1"],
                           cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown reward 'beauty'" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed: nothing waits, nothing breaks the graph, and a student leaves as one file.
+def test_an_update_that_is_not_finite_changes_nothing_and_the_host_does_not_look():
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    opt = torch.optim.Adam([p], 0.1, fused=True)
+    for g, inf in ((1.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (1.0, 0.0)):
+        before, state = p.detach().clone(), {k: v.clone() for k, v in opt.state[p].items()}
+        p.grad = torch.full((2,), g)
+        norm, found = train.update(opt, [p], 1.0, 0.1)
+        assert found.item() == inf and bool(torch.isfinite(norm)) == (inf == 0) and p.grad is None
+        assert torch.equal(p.detach(), before) == (inf == 1)
+        assert inf == 0 or all(torch.equal(opt.state[p][k], v) for k, v in state.items())
+    assert opt.state[p]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["maskbit-tiny", "meissonic-tiny", "maskgen-tiny"])
+def test_an_exported_student_draws_the_same_images_without_this_repository(name, tmp_path):
+    teacher = load_teacher(name, random_weights=True)
+    start = dict(init_ratio=0.6, noise=0.1, temperature=1.0)
+    ev.export(teacher, teacher.net, f"{tmp_path}/student.pt2", **start)
+    rows = teacher.conditions(["a cat", "two dogs", "a cup"] if teacher.text else None)[:3]
+    expected = ev.generate_student(teacher, teacher.net, rows, generator=torch.Generator().manual_seed(5), **start)
+    torch.save(rows, f"{tmp_path}/rows.pt")
+    code = (f"import torch; rows = torch.load({str(tmp_path / 'rows.pt')!r}); torch.manual_seed(5)\n"
+            f"img = torch.export.load({str(tmp_path / 'student.pt2')!r}).module()(rows)\n"
+            f"torch.save(img, {str(tmp_path / 'img.pt')!r})")
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+    assert torch.equal(torch.load(f"{tmp_path}/img.pt"), expected)
+
+
+def test_the_four_lines_of_the_readme_draw_from_a_checkpoint_and_the_command_exports_it(tmp_path, capsys):
+    state = run(tmp_path, teacher="maskbit-tiny", recipe=None, steps=1, out=f"{tmp_path}/run", batch=4, random_weights=True,
+                init_from="teacher", data="assets/fashion/tokens.npz", eval_every=0, head_width=16, head_mlp=16)
+    with open(os.path.join(HERE, "README.md")) as f:
+        lines = re.search(r"```python\n(.*?)```", f.read(), re.S).group(1)
+    assert len(lines.splitlines()) == 4
+    known = {}
+    exec(lines.replace("out/run/ckpt.pt", f"{tmp_path}/run/ckpt.pt"), known)
+    assert known["images"].shape == (8, 1, 32, 32) and known["images"].dtype == torch.uint8
+    assert known["start"] == {k: state["config"][k] for k in ("init_ratio", "noise", "temperature")}
+    ask = lambda *more: ev.main(ev.flags().parse_args(["--out", f"{tmp_path}/e", "--device", "cpu", *more]))
+    ask("--ckpt", f"{tmp_path}/run/ckpt.pt", "--export", f"{tmp_path}/student.pt2")
+    torch.manual_seed(3)
+    img = torch.export.load(f"{tmp_path}/student.pt2").module()(torch.arange(5))
+    drawn = ev.generate_student(known["teacher"], known["net"], torch.arange(5), generator=torch.Generator().manual_seed(3),
+                                **known["start"])
+    assert torch.equal(img, drawn)
+    with pytest.raises(UserError, match="--export .*none/x: cannot write there"):
+        ask("--ckpt", f"{tmp_path}/run/ckpt.pt", "--export", f"{tmp_path}/none/x")
+    with pytest.raises(UserError, match="writes one student"):
+        ask("--export", f"{tmp_path}/x")
+
+
+def test_a_profile_adds_up_and_writes_nothing(tmp_path, capsys):
+    out = f"{tmp_path}/out"
+    c = train.settle(dict(teacher="maskbit-tiny", gan=True, profile=2, batch=4, device="cpu", dtype="fp32", out=out),
+                     train.flags()[1])
+    row = train.train(c)
+    assert sum(row["phases"].values()) == pytest.approx(row["ms"]) and not os.path.exists(out)
+    assert row["share_of_ceiling"] == pytest.approx(row["tflop_per_s"] / row["ceiling_tflop_per_s"])
+    B = 4
+    linear = lambda m: sum(p.numel() for p in m.parameters() if p.ndim == 2)
+    assert row["tflop"] * 1e12 > 12 * 2 * B * 64 * linear(load_teacher("maskbit-tiny").net.blocks)     # 12 passes or more
+    assert 0 < row["not_matmul"] < 1 and "passes" in capsys.readouterr().out
+
+
+def test_compiled_networks_have_no_graph_breaks_and_are_compiled_once(tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+    frames = []
+    for steps in (3, 6):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: self._set(counter, kw), raising=True)
+        monkeypatch.setattr(nn.Module, "_set", lambda self, backend, kw: setattr(
+            self, "_compiled_call_impl", torch.compile(self._call_impl, backend=backend, fullgraph=True, **kw)), raising=False)
+        run(tmp_path, steps=steps, compile=True, overwrite=True, feature_noise=0.1, dtype="bf16")
+        frames.append(counter.frame_count)
+    # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, for Eq. 7
+    assert frames == [8, 8]
+
+
+def test_the_host_reads_nothing_of_the_device_between_log_lines(tmp_path, monkeypatch):
+    """On a GPU each such read waits for all that is queued. CPU tensors have the same calls, so they are counted here."""
+    reads = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+                                        torch.ops.aten.equal, torch.ops.aten.is_nonzero):
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+    true = train.draw_step
+
+    def draw_step(c, step, *args):
+        reads.append(step)
+        return true(c, step, *args)
+    monkeypatch.setattr(train, "draw_step", draw_step)
+    with Count():
+        run(tmp_path, steps=5, log_every=5, save_every=5, accum=2)
+    between = reads[reads.index(0) : len(reads) - reads[::-1].index(4)]                # the last step logs, saves
+    assert between == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert "aten._local_scalar_dense.default" in reads[len(between):]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that survive. KILLS=20 pytest test_all.py -k kill is the long form.
+KILLS = int(os.environ.get("KILLS", 0))
+STEPS = 12 * KILLS or 30
+SHORT_RUN = (f"--teacher maskbit-tiny --random_weights --init_from teacher --gan --steps {STEPS} --batch 4 --head_width 16 --head_mlp 16 "
+             "--student_start 3 --eval_every 0 --save_every 3 --log_every 1 --dropout 0.1 --device cpu").split()
+
+
+def end_of(out):
+    """What a run came to: networks, optimisers, and its log but for the clock."""
+    ckpt = torch.load(f"{out}/ckpt.pt", weights_only=True)
+    rows = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    return {k: ckpt[k] for k in NETS}, [{k: v for k, v in row.items() if k != "img_s"} for row in rows]
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
+    command = lambda out: [sys.executable, "train.py", *SHORT_RUN, "--out", f"{tmp_path}/{out}"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run(command("whole"), cwd=HERE, check=True, capture_output=True, env=env)
+    draw, killed, log = np.random.default_rng(0), 0, f"{tmp_path}/cut/log.jsonl"
+    lines = lambda: sum(1 for _ in open(log)) if os.path.exists(log) else 0
+    while True:
+        more = ["--resume"] * os.path.exists(f"{tmp_path}/cut/ckpt.pt")
+        process, before = subprocess.Popen(command("cut") + (more or ["--overwrite"]), cwd=HERE, stdout=subprocess.DEVNULL,
+                                           stderr=subprocess.DEVNULL, env=env), lines()
+        if killed < (KILLS or 2):
+            while process.poll() is None and lines() <= min(before, STEPS - 1):   # a step further, then any moment
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.6))
+            process.kill()
+            killed += 1
+        if process.wait() == 0:
+            break
+        assert process.returncode == -9
+    assert same(end_of(f"{tmp_path}/whole"), end_of(f"{tmp_path}/cut"))
+
+
+def test_two_processes_of_which_one_is_killed_go_on_by_themselves_and_end_the_same(tmp_path):
+    def start(out):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   f"--max-restarts={KILLS + 2}", "train.py", *SHORT_RUN, "--out", f"{tmp_path}/{out}"]
+        return subprocess.Popen(command, cwd=HERE, stdout=open(f"{tmp_path}/{out}.txt", "w"), stderr=subprocess.STDOUT,
+                                env=dict(os.environ, OMP_NUM_THREADS="1"))
+
+    def ended(process, out):
+        assert process.wait(120) == 0, open(f"{tmp_path}/{out}.txt").read()[-3000:]
+    ended(start("whole"), "whole")
+    draw, log, process = np.random.default_rng(1), f"{tmp_path}/cut/log.jsonl", start("cut")
+    lines = lambda: sum(1 for _ in open(log)) if os.path.exists(log) else 0
+    for _ in range(KILLS or 1):
+        before = lines()
+        while process.poll() is None and lines() <= before + 2:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.6))
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if workers and process.poll() is None:
+            os.kill(int(workers[draw.integers(len(workers))]), 9)
+    ended(process, "cut")
+    assert same(end_of(f"{tmp_path}/whole"), end_of(f"{tmp_path}/cut"))
+
+
+def test_a_run_whose_peer_dies_ends_with_a_sentence_within_seconds(tmp_path):
+    """Without torchrun, which would stop it: two processes, one is killed, the other says so."""
+    port, start = 29547, time.time()
+    peers = [subprocess.Popen([sys.executable, "train.py", *SHORT_RUN, "--steps", "4000", "--out", f"{tmp_path}/out"], cwd=HERE,
+                              stdout=subprocess.DEVNULL, stderr=open(f"{tmp_path}/{rank}.txt", "w"),
+                              env=dict(os.environ, OMP_NUM_THREADS="1", WORLD_SIZE="2", RANK=str(rank), MASTER_ADDR="localhost",
+                                       MASTER_PORT=str(port))) for rank in range(2)]
+    while not os.path.exists(f"{tmp_path}/out/ckpt.pt") and all(p.poll() is None for p in peers) and time.time() < start + 90:
+        time.sleep(0.05)
+    peers[1].kill()
+    assert peers[0].wait(60) == 3
+    said = open(f"{tmp_path}/0.txt").read()
+    assert "train.py: another process is gone" in said and "--resume" in said and "Traceback" not in said
+
+
+def test_sharded_optimisers_make_the_same_run_and_checkpoints_for_any_number_of_processes(tmp_path):
+    whole = run(tmp_path, out=f"{tmp_path}/whole")
+    torch.multiprocessing.spawn(sharded_processes, (str(tmp_path),), nprocs=2)
+    two = torch.load(f"{tmp_path}/zero/ckpt.pt", weights_only=True)
+    for k in ("student", "aux", "disc", "ema"):
+        assert all(torch.allclose(whole[k][n], two[k][n], atol=2e-5) for n in whole[k]), k
+    state = lambda ckpt: [s["exp_avg"] for k in ("student", "aux", "disc") for s in ckpt["optimizers"][k]["state"].values()]
+    assert len(state(two)) == len(state(whole)) > 0
+    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(state(whole), state(two)))
+    on = run(tmp_path, out=f"{tmp_path}/zero", resume=True, steps=8)             # by one process, not sharded
+    assert on["step"] == 8 and all(torch.isfinite(t).all() for t in on["student"].values())
+    with pytest.raises(UserError, match="--zero shards the state of adam and adamw"):
+        nano_run(tmp_path, zero=True, optimizer="muon")
+
+
+def sharded_processes(rank, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29533")
+    torch.set_num_threads(1)
+    train.train(nano_run(folder, out=f"{folder}/zero", zero=True, steps=4))
+    train.train(nano_run(folder, out=f"{folder}/zero", zero=True, resume=True))
+
+
+def test_damaged_data_and_checkpoints_of_other_versions_are_answered_with_a_sentence(tmp_path, monkeypatch, capsys):
+    data = other_world(f"{tmp_path}/data", "maskgit-tiny")
+    settle = lambda **kw: train.settle(dict(teacher="maskgit-tiny", random_weights=True, gan=True, data=data, device="cpu",
+                                            out=f"{tmp_path}/o", **kw), train.flags()[1])
+    x, whole = np.load(f"{data}/tokens.npy"), open(f"{data}/tokens.npy", "rb").read()
+    for content, words in ((x.astype(np.float32) * np.nan, "expected integers, got tokens of float32"),
+                           (np.where(np.arange(len(x))[:, None, None] == 3, 200, x).astype(np.uint8), "a token 200 .* below 64")):
+        np.save(f"{data}/tokens.npy", content)
+        with pytest.raises(UserError, match=words):
+            train.train(settle(steps=6, overwrite=True))
+    with open(f"{data}/tokens.npy", "wb") as f:
+        f.write(whole[:-100])                                              # cut short
+    with pytest.raises(UserError, match="cannot read real tokens"):
+        train.train(settle())
+    other = {**run(tmp_path, steps=2), "format": 0}
+    torch.save(other, f"{tmp_path}/run/ckpt.pt")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", f"{tmp_path}/run", "--resume"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 2 and "another version of train.py (format 0, here 1)" in capsys.readouterr().err
+
+
+def test_a_resumed_run_writes_where_the_flags_say_and_not_where_the_checkpoint_does(tmp_path, monkeypatch):
+    state = run(tmp_path, steps=2)
+    state["config"].update(out=f"{tmp_path}/elsewhere", text_cache=f"{tmp_path}/cache", steps=3)
+    torch.save(state, f"{tmp_path}/run/ckpt.pt")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", f"{tmp_path}/run", "--resume"])
+    train.main()
+    assert torch.load(f"{tmp_path}/run/ckpt.pt", weights_only=True)["step"] == 3
+    assert not os.path.exists(f"{tmp_path}/elsewhere") and not os.path.exists(f"{tmp_path}/cache")
+
+
+def test_a_new_run_in_an_old_folder_leaves_no_older_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    run(tmp_path, steps=4)
+    monkeypatch.setattr(train, "draw_step", lambda *_: 1 / 0)               # dies before its first checkpoint
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path, overwrite=True)
+    assert not os.path.exists(f"{tmp_path}/run/ckpt.pt")
+
+
+FUZZ = int(os.environ.get("FUZZ", 8))
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "tteo"])
+def test_whatever_the_flags_the_answer_is_a_result_or_a_sentence(script, tmp_path, monkeypatch, capsys):
+    """FUZZ=200 pytest test_all.py -k whatever is the long form."""
+    module, draw = dict(train=train, evaluate=ev, tteo=tteo)[script], np.random.default_rng(FUZZ)
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "text").write_text("a cat\n")
+    numbers, words = ["-1", "0", "-7", "x", "1.5", "", "nan", "inf", "1e300", "3"], ["", "nope", "/dev/null", "..", "🙂", "\x01",
+        "a" * 300, *(f"{tmp_path}/{name}" for name in ("binary", "text", "none"))]
+    base = dict(train="--random_weights --init_from teacher --steps 2 --batch 4 --head_width 16 --head_mlp 16 --eval_every 0 "
+                      "--student_start 0 --log_every 1 --device cpu --teacher",
+                evaluate="--random_weights --steps 1 --n 8 --device cpu --teacher",
+                tteo="--ckpt assets/shapes/theta0.safetensors --starts 2 --iterations 1 --device cpu --prompt cat --teacher")[script]
+    parser = train.flags()[0] if script == "train" else module.flags()
+    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "make_reference", "real", "n")]
+
+    def word(a):
+        pool = [*map(str, a.choices), "nope"] if a.choices else words if a.type in (None, str) else numbers
+        return pool[draw.integers(len(pool))]
+    for i in range(FUZZ):
+        names = ["maskgen-tiny", "meissonic-tiny", "maskbit-tiny", "nope"]
+        argv = [*base.split(), names[draw.integers(4)], "--out", f"{tmp_path}/{i}"] + ["--nonsense"] * (draw.random() < 0.1)
+        for a in draw.choice(flags, draw.integers(1, 4), replace=False):
+            argv += [a.option_strings[0], *(word(a) for _ in range(0 if a.nargs == 0 else a.nargs if isinstance(a.nargs, int) else 1))]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        monkeypatch.chdir(tmp_path if "--ckpt" not in argv else HERE)
+        try:
+            train.main() if script == "train" else module.main(parser.parse_args())
+        except (SystemExit, UserError) as end:
+            assert isinstance(end, UserError) or end.code == 2, argv
+        said = capsys.readouterr()
+        assert "Traceback" not in said.out + said.err, argv

@@ -21,23 +21,25 @@ import functools
 import json
 import math
 import os
+import re
 import time
-import zipfile
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate as ev
 from data.prompts import read_prompts
+from data.tokens import RealTokens, TextFeatures
 from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
 from reward import REWARDS, SEED, load_judges, mix, reward_grad
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
-from teachers import SPECS, UserError, fingerprint, load_state, load_teacher, local, read_weights, replacing
+from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights, replacing
 
 # ============================================================================================ settings
 # Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
@@ -77,12 +79,15 @@ TABLE_5["meissonic-tiny-scratch"] = dict(
     heads=2, head_width=32, head_mlp=32, prompts="assets/shapes/prompts.txt", rewards={"clip": 1.0}, reward_chunk=64,
     w_reward=2.0, log_every=25, eval_every=500, n_eval=600, save_every=250)
 TABLE_5["meissonic-tiny"] = dict(
-    TABLE_5["meissonic-tiny-scratch"], init_from="assets/shapes/theta0.safetensors", steps=300, student_start=50, lr=1e-4,
-    aux_lr=5e-4, reward_start=50, eval_every=150, save_every=50)
+    TABLE_5["meissonic-tiny-scratch"], init_from="assets/shapes/theta0.safetensors", steps=1000, student_start=50,
+    reward_start=50, w_reward=10.0, eval_every=250, save_every=50)
 for name, prompts in (("maskgit", None), ("maskgen", "assets/prompts.txt")):
     TABLE_5[f"{name}-tiny"] = dict(
         TABLE_5[name], teacher=f"{name}-tiny", batch=8, steps=4, lr=1e-4, heads=2, head_width=32, head_mlp=32, gan_start=0,
         data=None, prompts=prompts, eval_every=4, n_eval=16, log_every=1, save_every=2)
+
+
+FORMAT = 1              # of the checkpoint; another number where an older one cannot be resumed any more
 
 
 def flags():
@@ -108,7 +113,7 @@ def flags():
     add(g, "batch", 256, "images a step, over all processes and accumulation steps")
     add(g, "accum", 1, "gradient accumulation steps: memory for time")
     add(g, "seed", 0, "of everything random")
-    add(g, "init_from", "teacher", "weights of a one-step generator theta_0 to start from (Alg. 1), or: teacher", type=str)
+    add(g, "init_from", "teacher", "one-step generator theta_0 to start from (Alg. 1): weights, a checkpoint, or: teacher", type=str)
     add(g, "log_every", 50, "steps between log lines; the host waits for the device only then")
     add(g, "save_every", 1000, "steps between checkpoints")
     add(g, "eval_every", 2000, "steps between evaluations (FID and a strip of samples); 0: none, nor at the end")
@@ -172,9 +177,11 @@ def flags():
     add(g, "ema", 0.9999, "decay of the student's average, reached by the ramp (1 + n) / (10 + n)")
     add(g, "dropout", 0.0, "in student and auxiliary")
     g = ap.add_argument_group("system")
-    add(g, "device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    add(g, "device", "cuda" if torch.cuda.is_available() else "cpu", "where it runs", choices=["cuda", "cpu"])
     add(g, "dtype", "bf16" if torch.cuda.is_available() else "fp32", "autocast; weights stay float32", choices=["bf16", "fp32"])
-    add(g, "compile", False, "torch.compile the networks in place")
+    add(g, "compile", torch.cuda.is_available(), "torch.compile the networks in place: minutes at the start, faster steps")
+    add(g, "zero", False, "shard the optimisers' state over the processes (ZeRO stage 1): memory for traffic")
+    add(g, "profile", 0, "time N steps on random weights and tokens, print where the time goes, write nothing", metavar="N")
     add(g, "checkpointing", False, "recompute activations in the backward pass: memory for time")
     return ap, defaults
 
@@ -191,13 +198,20 @@ def settle(given, defaults):
     if c.teacher != TABLE_5[name]["teacher"]:
         raise UserError(f"--recipe {name} is for --teacher {TABLE_5[name]['teacher']}, not {c.teacher}")
     c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
+    if c.profile:                                     # one step to count in, three to warm up, one to trace
+        vars(c).update(resume=False, random_weights=True, data=None, init_from="teacher", steps=c.profile + 5, eval_every=0,
+                       log_every=10**9, save_every=10**9, student_start=0, gan_start=0, reward_start=0)
     positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip",
                 "reward_chunk")
+    for key, value in vars(c).items():
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
+            raise UserError(f"--{key} {value}: expected a finite number")
     for key in positive:
         if not getattr(c, key) > 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected a number above 0")
     for key in ("w_dimo", "w_gan", "noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "feature_noise",
-                "w_reward", "reward_start", "gan_start", "student_start", "warmup", "eval_every", "n_eval", "weight_decay", "lr_end", "temperature"):
+                "w_reward", "reward_start", "gan_start", "student_start", "warmup", "eval_every",
+                "n_eval", "weight_decay", "lr_end", "temperature", "profile"):
         if not getattr(c, key) >= 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected 0 or more")
     for key in ("noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "lr_end"):
@@ -210,15 +224,17 @@ def settle(given, defaults):
         raise UserError("nothing to train: --w_dimo 0, and neither GAN nor reward; add --gan with --w_gan above 0, or --reward")
     if c.reward and SPECS[c.teacher].text is None:
         raise UserError(f"--reward judges pictures by their prompts, and {c.teacher} draws classes: take a text teacher")
-    if c.gan and not c.data:
+    if c.gan and not (c.data or c.profile):
         raise UserError("--gan compares with real images and found none: add --data FOLDER, written by data/imagenet.py "
                         "or data/fashion.py, or leave out --gan")
-    if SPECS[c.teacher].text and not c.gan and not c.prompts:
+    if SPECS[c.teacher].text and not (c.prompts or c.gan or c.profile):
         raise UserError(f"{c.teacher} draws what it is told: add --prompts FILE, one prompt a line (the paper's are "
                         "captions of LAION-Aesthetics; to try it, assets/prompts.txt)")
+    if c.zero and c.optimizer == "muon":
+        raise UserError("--zero shards the state of adam and adamw: leave it out, or take another --optimizer than muon")
     if c.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
-    if os.path.exists(os.path.join(c.out, "ckpt.pt")) and not (c.resume or c.overwrite):
+    if os.path.exists(os.path.join(c.out, "ckpt.pt")) and not (c.resume or c.overwrite or c.profile):
         raise UserError(f"--out {c.out} already holds a run: go on with --resume, start anew with --overwrite, or name "
                         "another folder")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -237,10 +253,11 @@ def draw_step(c, step, first, count, net, conditions):
     """
     device = conditions.device
     gen = torch.Generator(device).manual_seed((c.seed + 1) * 1_000_003 + step)
+    host = gen if device.type == "cpu" else torch.Generator().manual_seed((c.seed + 1) * 1_000_003 + step)
     part = slice(first, first + count)
     rand = lambda *shape: torch.rand(c.batch, *shape, generator=gen, device=device)
     unit = (net.L, net.G)
-    which = lambda: torch.randint(len(conditions), (c.batch,), generator=gen, device=device)[part]
+    which = lambda: torch.randint(len(conditions), (c.batch,), generator=host)[part]         # on the host: it looks up prompts
 
     def start():       # conditions, random tokens, which of them are masked, embedding noise, the uniforms that draw x_theta
         return dict(which=which(),
@@ -260,103 +277,6 @@ def draw_step(c, step, first, count, net, conditions):
     return r
 
 
-class RealTokens:
-    """Real tokens x (n, L, G), memory-mapped, and their conditions, in an order that is a function of (seed, index)."""
-
-    def __init__(self, path, teacher, seed):
-        self.x, self.labels, self.prompts = load_tokens(path, teacher)
-        self.conditions = teacher.conditions(self.prompts)
-        self.seed, self.epoch, self.order = seed, None, None
-
-    def batch(self, start, count):
-        """Tokens (count, L, G), and which of `conditions` they belong to."""
-        rows = []
-        for i in range(start, start + count):
-            epoch, k = divmod(i, len(self.labels))
-            if epoch != self.epoch:
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
-                self.epoch = epoch
-            rows.append(self.order[k])
-        x, labels = (torch.from_numpy(a[rows].astype(np.int64)) for a in (self.x, self.labels))
-        return x.to(self.conditions.device), labels.to(self.conditions.device)
-
-
-def load_tokens(path, teacher):
-    """(tokens (n, L, G), labels (n,), prompts) of a folder that data/*.py wrote, memory-mapped, or of a packed .npz.
-
-    For a text teacher a label is the line of prompts.txt beside the tokens; otherwise prompts is None.
-    """
-    net, text, prompts = teacher.net, teacher.text is not None, None
-    path, meta = local(path), {}
-    try:
-        if os.path.isdir(path):
-            x, labels = (np.load(os.path.join(path, f"{k}.npy"), mmap_mode="r") for k in ("tokens", "labels"))
-            with open(os.path.join(path, "meta.json")) as f:
-                meta = json.load(f)
-            if text:
-                with open(os.path.join(path, "prompts.txt"), encoding="utf-8") as f:
-                    prompts = f.read().splitlines()
-        else:
-            with np.load(path) as f:
-                x, labels = f["tokens"], f["labels"]
-                meta = json.loads(str(f["meta"])) if "meta" in f else {}
-                prompts = f["prompts"].tolist() if text else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as err:
-        raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them "
-                        "with " + ("data/prompts.py --images" if text else "data/fashion.py or data/imagenet.py"))
-    if not meta.get("complete", True):
-        raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
-    if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
-        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n labels, got {x.shape} "
-                        f"and {labels.shape}{meta.get('teacher', '') and ' of ' + meta['teacher']}; were they made with "
-                        "this teacher's tokenizer?")
-    if int(labels.max()) >= (known := len(prompts) if text else teacher.spec.classes):
-        raise UserError(f"--data {path}: label {int(labels.max())}, but {known} {'prompts' if text else 'classes'}")
-    return x, labels, prompts
-
-
-class TextFeatures:
-    """The conditions that prompts stand for, each prompt encoded once: when first drawn, kept in memory or in a folder.
-
-    16 prompts at a time, always, so that a prompt's features are the same bits whichever others are new with it, and a
-    resumed run stays exact. conditions (n, context) are token ids. In a folder (`--text_cache`) features outlive the run,
-    for the same prompts and tower: a sparse file for each part of the condition, the last says which rows are filled in.
-    """
-
-    CHUNK = 16
-
-    def __init__(self, teacher, conditions, cache="memory", limit=16e9):
-        self.teacher, self.conditions, self.parts, self.why = teacher, conditions, None, None
-        if cache == "off" or teacher.text is None:
-            return
-        first, n = [part[:1].cpu() for part in teacher.cond(conditions[:1])], len(conditions)
-        shapes = [((n, *part.shape[1:]), part.dtype) for part in first] + [((n,), torch.bool)]
-        if cache == "memory":                         # untouched pages take none
-            if (size := n * sum(part.nbytes for part in first)) > limit:
-                self.why = (f"the features of {n:,} prompts would take {size / 1e9:.0f} GB of memory: each is encoded whenever "
-                            "it is drawn. --text_cache FOLDER keeps them on disk")
-                return
-            *self.parts, self.known = (torch.zeros(shape, dtype=dtype) for shape, dtype in shapes)
-        else:
-            folder = os.path.join(cache, f"{teacher.spec.name}-{fingerprint([conditions, *first])}")
-            os.makedirs(folder, exist_ok=True)
-            *self.parts, self.known = (
-                torch.from_file(os.path.join(folder, f"{i}.bin"), True, math.prod(shape), dtype=dtype).view(shape)
-                for i, (shape, dtype) in enumerate(shapes))
-
-    def __call__(self, which):
-        """cond of rows `which` (B,) of the conditions."""
-        if self.parts is None:
-            return self.teacher.cond(self.conditions[which])
-        rows = which.cpu()
-        for new in filter(len, rows[~self.known[rows]].unique().split(self.CHUNK)):
-            full = new[torch.arange(self.CHUNK) % len(new)]
-            for part, c in zip(self.parts, self.teacher.cond(self.conditions[full.to(which.device)])):
-                part[new] = c[: len(new)].cpu()
-            self.known[new] = True                    # after the features: a killed run leaves no holes
-        return tuple(part[rows].to(which.device) for part in self.parts)
-
-
 def lr_factor(n, warmup, steps, end=1.0):
     """Linear warm-up (the first update has rate 0), then constant, or a cosine down to the share `end`."""
     if n < warmup:
@@ -372,7 +292,13 @@ def ema_update(ema, net, n, decay):
 
 
 class Muon:
-    """Matrices by Muon (Jordan et al. 2024), momentum made orthogonal and as large as Adam's steps; the rest by Adam."""
+    """Matrices by Muon (Jordan et al. 2024), momentum made orthogonal and as large as Adam's steps; the rest by Adam.
+
+    Changes nothing where found_inf is 1, as fused Adam. # choice: torch's Muon does not read it on the device, so here
+    the host waits for it: this optimiser is for the tiny worlds.
+    """
+
+    found_inf = None
 
     def __init__(self, params, lr, betas, eps, weight_decay, fused):
         matrices, rest = ([p for p in params if (p.ndim == 2) == wanted] for wanted in (True, False))
@@ -382,7 +308,7 @@ class Muon:
     param_groups = property(lambda self: [group for part in self.parts for group in part.param_groups])
 
     def step(self):
-        for part in self.parts:
+        for part in () if self.found_inf else self.parts:
             part.step()
 
     def zero_grad(self, set_to_none=True):
@@ -398,19 +324,19 @@ class Muon:
 
 
 def update(opt, params, clip, lr):
-    """Clip and step, unless the gradient is not finite; returns its norm before clipping, and whether it stepped.
+    """Clip and step, unless the gradient is not finite; returns its norm before clipping, and 1 if it is not, else 0.
 
-    Under DDP the gradient is the average over processes, so all of them see the same norm and decide alike.
+    Both are tensors of the device, and the host does not wait for them: fused Adam reads found_inf there, and changes
+    nothing where it is 1. Under DDP the gradient is the average over processes, so all see the same norm, decide alike.
     # choice: all three networks are clipped (App. H.1 does not say which); the official code clips the student alone.
     """
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        for group in opt.param_groups:
-            group["lr"] = lr
-        opt.step()
+    found_inf = getattr(opt, "optim", opt).found_inf = (~torch.isfinite(norm)).float()        # .optim: behind --zero
+    for group in opt.param_groups:
+        group["lr"] = lr
+    opt.step()
     opt.zero_grad(set_to_none=True)
-    return norm, finite
+    return norm, found_inf
 
 
 def save_checkpoint(path, state):
@@ -452,6 +378,92 @@ def autocast(c):
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
+
+
+# ================================================================================================= profile
+class Profile:
+    """--profile: milliseconds a phase, by marks on the device's own clock, and what they amount to.
+
+    The first step runs eagerly and is counted, FLOP by FLOP; three warm up; the last runs once more under torch.profiler.
+    """
+
+    SKIP, MATMUL = 4, re.compile(r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
+
+    def __init__(self, device):
+        self.cuda, self.phases, self.last, self.step = device.type == "cuda", {}, None, 0
+        self.flops, self.tracer = FlopCounterMode(display=False), None
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # it complains where there is no GPU
+
+    def clock(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self, step, steps):
+        self.step, self.stack = step, contextlib.ExitStack()
+        if step == 0:
+            self.stack.enter_context(torch.compiler.set_stance("force_eager"))
+            self.stack.enter_context(self.flops)
+        if step == steps - 1:
+            kind = torch.profiler.ProfilerActivity
+            self.tracer = self.stack.enter_context(torch.profiler.profile(activities=[kind.CUDA if self.cuda else kind.CPU]))
+        self.last = self.clock()
+
+    def mark(self, phase):
+        """What has been queued since the last mark was this phase."""
+        now = self.clock()
+        if self.step >= self.SKIP and self.tracer is None:
+            self.phases.setdefault(phase, []).append((self.last, now))
+        self.last = now
+
+    def end(self):
+        self.mark("other")
+        self.stack.close()
+
+    def report(self, c, net, e, cond):
+        """Print the table; returns it as a dict."""
+        device = next(net.parameters()).device
+        between = lambda a, b: a.elapsed_time(b) if self.cuda else 1000 * (b - a)
+
+        def fastest(f, n=5):
+            """ms of the fastest of n calls, after two."""
+            times = []
+            for _ in range(n + 2):
+                start = self.clock()
+                f()
+                stop = self.clock()
+                if self.cuda:
+                    torch.cuda.synchronize()
+                times.append(between(start, stop))
+            return min(times[2:])
+
+        if self.cuda:
+            torch.cuda.synchronize()
+        ms = {phase: sum(between(*pair) for pair in pairs) / c.profile for phase, pairs in self.phases.items()}
+        total, flops = sum(ms.values()), self.flops.get_total_flops()
+        side = 8192 if self.cuda else 2048
+        a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if c.dtype == "bf16" else torch.float32)
+        ceiling = 2 * side**3 / fastest(lambda: a @ a) / 1e9                                  # TFLOP/s
+        with torch.no_grad(), autocast(c):
+            forward = fastest(lambda: net(e, cond))
+        spent = {}
+        for event in self.tracer.key_averages():
+            if event.device_type == (torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU):
+                spent[event.key] = event.self_device_time_total if self.cuda else event.self_cpu_time_total
+        other = 1 - sum(t for key, t in spent.items() if self.MATMUL.search(key)) / sum(spent.values())
+        row = dict(ms=total, forward_ms=forward, passes=total / forward / c.accum, images_per_s=1000 * c.batch / total,
+                   tflop=flops / 1e12, tflop_per_s=flops / total / 1e9, ceiling_tflop_per_s=ceiling,
+                   share_of_ceiling=flops / total / 1e9 / ceiling, not_matmul=other,
+                   peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None, phases=ms)
+        print("\n".join(f"{phase:24s} {t:9.2f} ms  {t / total:6.1%}" for phase, t in ms.items()))
+        print(f"{'a step':24s} {total:9.2f} ms, {row['images_per_s']:.1f} images/s; {row['passes']:.2f} forward passes of "
+              f"{forward:.2f} ms\n{row['tflop']:.3f} TFLOP a step on this process, {row['tflop_per_s']:.2f} TFLOP/s: "
+              f"{row['share_of_ceiling']:.1%} of the {ceiling:.2f} that one {side} x {side} {c.dtype} product reaches\n"
+              f"{other:.1%} of the time is not in matrix products"
+              + (f"; peak memory {row['peak_gb']:.1f} GB" if self.cuda else ""))
+        return row
 
 
 # ============================================================================================== evaluation
@@ -525,11 +537,7 @@ def finish(c, teacher, start, student, rows, conditions, prompts, judge, say):
 def train(c):
     # ------------------------------------------------------------------------------- processes and device
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = torch.device(c.device, int(os.environ.get("LOCAL_RANK", 0))) if c.device == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = ev.join_processes(c.device)
     torch.set_float32_matmul_precision("high")        # TF32 where a GPU has it, for what stays in float32
     say = print if rank == 0 else lambda *a, **k: None
     micro = c.batch // (world * c.accum)              # images a forward pass
@@ -542,7 +550,8 @@ def train(c):
     unit = teacher.noise_unit()
     student = copy.deepcopy(net)
     if c.init_from and c.init_from != "teacher":
-        load_state(student, read_weights(local(c.init_from)), c.init_from)
+        state = read_weights(local(c.init_from))
+        load_state(student, state.get("ema", state), c.init_from)                             # a checkpoint will do
     aux, ema = copy.deepcopy(net), copy.deepcopy(student)
     for m in (student, aux):
         m.requires_grad_(True).set_dropout(c.dropout).train()
@@ -558,7 +567,8 @@ def train(c):
         torch.manual_seed(c.seed)                     # the heads' initial weights, the same on every process
         layers = head_layers(net.depth, c.heads)
         disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid).to(device)
-    prompts = None if spec.text is None else real_data.prompts if c.gan else read_prompts(c.prompts)
+    prompts = (None if spec.text is None else real_data.prompts if c.gan else
+               [f"prompt {i}" for i in range(64)] if c.profile else read_prompts(c.prompts))
     conditions = teacher.conditions(prompts)
     features = TextFeatures(teacher, conditions, c.text_cache)
     if features.why:
@@ -574,36 +584,45 @@ def train(c):
     rates = {"student": c.lr, "aux": c.aux_lr, "disc": c.disc_lr}
     betas = {"student": (0.9, 0.999), "aux": (0.9, 0.999), "disc": (0.0, 0.999)}
     Opt = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}[c.optimizer]
-    opts = {k: Opt(params[k], rates[k], betas[k], eps=1e-6, weight_decay=c.weight_decay, fused=True) for k in nets}
+    if c.zero and world > 1:
+        Opt = functools.partial(ZeroRedundancyOptimizer, optimizer_class=Opt)
+    opts = {k: Opt(params[k], lr=rates[k], betas=betas[k], eps=1e-6, weight_decay=c.weight_decay, fused=True) for k in nets}
 
     start = show(c, one_step(c, teacher, student.eval()), teacher, conditions) if rank == 0 and c.eval_every else None
     student.train()
 
     # ------------------------------------------------------------------------------------ files and resuming
     ckpt_path, log_path = os.path.join(c.out, "ckpt.pt"), os.path.join(c.out, "log.jsonl")
-    first_step = skipped = 0
+    first_step, skipped = 0, torch.zeros((), device=device)       # counted on the device: the host does not wait
     if c.resume:
         state = read_weights(ckpt_path)
         for k, m in (*nets.items(), ("ema", ema)):
             load_state(m, state[k], f"{ckpt_path} ({k})")
         for k, opt in opts.items():
             opt.load_state_dict(state["optimizers"][k])
-        first_step, skipped = state["step"], state["skipped"]
+        first_step = state["step"]
+        skipped += state["skipped"]
         del state
-    if rank == 0:
+    if rank == 0 and not c.profile:
         os.makedirs(c.out, exist_ok=True)
+        if not c.resume and os.path.exists(ckpt_path):
+            os.remove(ckpt_path)                      # --overwrite: a restart must not go on with the older run
         trim_log(log_path, first_step if c.resume else -1)
     if world > 1:
         dist.barrier()                                # the log is whole before any process reads it
     say(f"{spec.name}: {count(net):,} parameters, " + (f"discriminator {count(disc):,}, {len(real_data.labels):,} real "
         "images" if c.gan else "no GAN") + f"; {world} process(es), {device}, {c.dtype}; step {first_step} of {c.steps}")
-    say("settings " + json.dumps({k: v for k, v in vars(c).items() if k not in ("resume", "overwrite", "out")}))
+    if not c.profile:
+        say("settings " + json.dumps({k: v for k, v in vars(c).items() if k not in ("resume", "overwrite", "out")}))
 
     def checkpoint(step):
+        for opt in opts.values() if c.zero and world > 1 else ():
+            opt.consolidate_state_dict()              # every process sends its share to the first
         if rank == 0:
             save_checkpoint(ckpt_path, dict(
-                format=1, step=step, skipped=skipped, config=vars(c), ema=ema.state_dict(),
-                optimizers={k: opt.state_dict() for k, opt in opts.items()}, **{k: m.state_dict() for k, m in nets.items()}))
+                format=FORMAT, launch=os.environ.get("TORCHELASTIC_RUN_ID"), step=step, skipped=int(skipped), config=vars(c),
+                ema=ema.state_dict(), optimizers={k: opt.state_dict() for k, opt in opts.items()},
+                **{k: m.state_dict() for k, m in nets.items()}))
 
     def log(row):
         if rank == 0:
@@ -628,10 +647,11 @@ def train(c):
 
     # --------------------------------------------------------------------------------- compile, then wrap
     if c.compile:                                     # in place: state-dict keys stay as they are
+        torch._dynamo.config.suppress_errors = True   # where there is no compiler: a warning, and on without
         for m in (net, *nets.values()):
-            m.compile()
+            m.compile(dynamic=False)                  # a graph for each of its two or three shapes, no general one
     # Where gradients must be averaged, call the DDP wrapper; calling the bare module silently trains each rank alone.
-    wrap = lambda m: DDP(m, [device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    wrap = lambda m: DDP(m, [device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     wrapped = {k: wrap(m) if world > 1 else m for k, m in nets.items()}
     # Under accumulation gradients travel once a step, with the last micro-batch.
     hold = lambda m, a: contextlib.nullcontext() if world == 1 or a == c.accum - 1 else m.no_sync()
@@ -641,9 +661,13 @@ def train(c):
                dynamic_ncols=True)
     if c.eval_every and first_step == 0:
         look("start of this run", ema, 0)
-    bad, tick, ticked = 0, time.time(), first_step
+    bad, tick, ticked = torch.zeros((), device=device), time.time(), first_step
+    profile = Profile(device) if c.profile else None
+    mark = profile.mark if profile else lambda phase: None
     for step in bar:
-        logging = (step + 1) % c.log_every == 0 or step + 1 == c.steps
+        if profile:
+            profile.begin(step, c.steps)
+        logging = not profile and ((step + 1) % c.log_every == 0 or step + 1 == c.steps)
         factor = lr_factor(step, c.warmup, c.steps, c.lr_end)
         torch.manual_seed((c.seed + 1) * 7_919 + step * world + rank)
         gan_on = c.gan and c.w_gan > 0 and step >= c.gan_start
@@ -651,6 +675,7 @@ def train(c):
         learning = step >= c.student_start and (c.w_dimo > 0 or gan_on or reward_on)
         firsts = [(a * world + rank) * micro for a in range(c.accum)]
         batches = [draw_step(c, step, first, micro, net, conditions) for first in firsts]
+        mark("random choices")
 
         # --- Generate logits z_theta and tokens x_theta, update the generator (l. 3-18)
         for a, (r, first) in enumerate(zip(batches, firsts)):
@@ -662,6 +687,7 @@ def train(c):
                 model = wrapped["student"] if learning else student
                 z = student_logits(model, x_init, cond, E, bias, c.noise, r.noise * unit)     # l. 5: (B, L, G, V)
             r.z, r.x = z.detach(), sample_tokens(z.detach(), u=r.u)                           # l. 6
+            mark("student forward")
             terms = {}
             if learning and c.w_dimo:
                 mask = exact_mask(r.ratio, r.scores_t)                                        # l. 8
@@ -672,24 +698,28 @@ def train(c):
                 with autocast(c):
                     g = dimo_grad(net, aux, e_t, cond, mask, w, c.beta, weight)               # l. 9-11
                 terms["dimo"] = c.w_dimo / (micro * c.accum) * g      # DDP's average makes this a sum / global batch
+                mark("Di[M]O: teacher, aux")
             if learning and gan_on:
                 mask = exact_mask(r.ratio_gan, r.scores_gan, least=0)
                 with autocast(c):
                     g, _ = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
                 terms["gan"] = c.w_gan / c.accum * g                                          # l. 14
+                mark("GAN gradient")
             if learning and reward_on:
                 asked = [prompts[i] for i in r.which.tolist()]
                 g, scores = reward_grad(r.z, teacher.tokenizer, cond, rewards, asked, c.rewards, chunk=c.reward_chunk)
                 terms["reward"] = c.w_reward / c.accum * g                                    # l. 16
+                mark("reward gradient")
             if learning:
                 with hold(wrapped["student"], a):
                     z.backward(sum(terms.values()))                                           # Eq. (10), l. 18
-        norms, fine = {}, []
+                mark("student backward")
+        norms, broken = {}, []
         if learning:
-            norms["student"], ok = update(opts["student"], params["student"], c.clip, rates["student"] * factor)
-            fine.append(ok)
-            if ok:
-                ema_update(ema, student, step - c.student_start, c.ema)
+            norms["student"], inf = update(opts["student"], params["student"], c.clip, rates["student"] * factor)
+            broken.append(inf)
+            ema_update(ema, student, step - c.student_start, c.ema)
+            mark("student update, EMA")
 
         # --- Update the auxiliary, an MDM of the student's tokens (l. 19-21)
         for a, r in enumerate(batches):
@@ -706,8 +736,10 @@ def train(c):
                 z_aux = wrapped["aux"](embed_tokens(x.masked_fill(mask, net.V), E, bias), r.cond)
                 loss_aux = aux_loss(z_aux, x, mask, c.smoothing, r.aux_units / world, z, c.soft_target)
                 loss_aux.backward()                                                           # Eq. (1), l. 21
-        norms["aux"], ok = update(opts["aux"], params["aux"], c.clip, rates["aux"] * factor)
-        fine.append(ok)
+            mark("aux forward, backward")
+        norms["aux"], inf = update(opts["aux"], params["aux"], c.clip, rates["aux"] * factor)
+        broken.append(inf)
+        mark("aux update")
 
         # --- Update the discriminator (l. 22-25)
         if c.gan:
@@ -718,12 +750,14 @@ def train(c):
                                                  c.estimator, c.tau, c.feature_noise)
                     loss_disc = disc_loss(d_real, d_fake)                                     # Eq. (7), l. 25
                     (loss_disc / c.accum).backward()
-            norms["disc"], ok = update(opts["disc"], params["disc"], c.clip, rates["disc"] * factor)
-            fine.append(ok)
+            norms["disc"], inf = update(opts["disc"], params["disc"], c.clip, rates["disc"] * factor)
+            broken.append(inf)
+            mark("discriminator")
 
-        # --- Not finite: skipped above, on every process alike; give up after ten steps in a row
-        bad, skipped = (0, skipped) if all(fine) else (bad + 1, skipped + 1)
-        if bad >= 10:
+        # --- Not finite: skipped above, on every process alike; give up after ten steps in a row, at the next log line
+        inf = torch.stack(broken).amax()
+        bad, skipped = (bad + 1) * inf, skipped + inf
+        if logging and bad >= 10:
             raise UserError(f"gradients were not finite in 10 steps in a row, up to step {step} (norms: "
                             + ", ".join(f"{k} {float(v):.3g}" for k, v in norms.items()) + "). The checkpoint of step "
                             f"{step // c.save_every * c.save_every} is good: lower --lr, or try --dtype fp32, and --resume")
@@ -748,21 +782,50 @@ def train(c):
         last_step = step + 1 == c.steps
         if c.eval_every and ((step + 1) % c.eval_every == 0 or last_step):
             look(f"student, step {step + 1}", ema, step + 1)
-        if (step + 1) % c.save_every == 0 or last_step:
+        if profile:
+            profile.end()
+        elif (step + 1) % c.save_every == 0 or last_step:
             checkpoint(step + 1)
 
+    if profile:
+        with torch.no_grad():
+            e = embed_tokens(batches[-1].x, E, bias)
+        return profile.report(c, net, e, batches[-1].cond) if rank == 0 else None
     finish(c, teacher, start, ema, rows, conditions, prompts, judge, say)
+
+
+def restarted(path):
+    """Is this a restart by torchrun --max-restarts, of a run that has the checkpoint `path` already?
+
+    Agents of several nodes count restarts each for itself, and only those whose own process died. What they share is the
+    name of the launch (--rdzv_id), which the checkpoint has too.
+    """
+    env = os.environ
+    if not os.path.exists(path) or "TORCHELASTIC_RUN_ID" not in env:
+        return False
+    if env["GROUP_WORLD_SIZE"] == "1":
+        return env["TORCHELASTIC_RESTART_COUNT"] != "0"
+    return read_weights(path).get("launch") == env["TORCHELASTIC_RUN_ID"]
 
 
 def main():
     ap, defaults = flags()
     given = vars(ap.parse_args())
     try:
+        out = given.get("out", defaults["out"])
+        if restarted(os.path.join(out, "ckpt.pt")):
+            given = dict(given, resume=True, overwrite=False)
         if given.get("resume"):
-            path = os.path.join(given.get("out", defaults["out"]), "ckpt.pt")
-            config = read_weights(path).get("config")
-            if config is None:
+            path = os.path.join(out, "ckpt.pt")
+            state = read_weights(path)
+            if "config" not in state:
                 raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by --init_from")
+            if state.get("format") != FORMAT:
+                raise UserError(f"{path} was written by another version of train.py (format {state.get('format')}, here "
+                                f"{FORMAT}): finish it with that version, or start from its weights by --init_from {path}")
+            config = {**state["config"], "out": out}             # a checkpoint says what to read, not where to write
+            if config["text_cache"] != "off":
+                config["text_cache"] = "memory"
             for key in ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer"):
                 if key in given and given[key] != config[key]:
                     raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: "
@@ -772,6 +835,13 @@ def main():
         train(c)
     except UserError as err:
         ap.exit(2, f"train.py: {err}\n")
+    except torch.OutOfMemoryError as err:
+        ap.exit(2, f"train.py: {str(err).splitlines()[0]} Take --accum 2 or more, --checkpointing, or a smaller --batch\n")
+    except RuntimeError as err:
+        if not ev.peer_is_gone(err):
+            raise
+        ap.exit(3, f"train.py: another process is gone ({str(err).splitlines()[0][:200]}). Its own message says why; go on from "
+                   "the last checkpoint with --resume, or let torchrun do so with --max-restarts\n")
     except OSError as err:                            # --out cannot be written, the disk is full, a file went away
         ap.exit(2, f"train.py: {err}. The last checkpoint, if there is one, is whole: go on with --resume\n")
     finally:

@@ -5,17 +5,10 @@
 
 The four raw files come from Debian (`apt-get install dataset-fashion-mnist`) or, failing that, from torchvision's
 downloader. Images are padded to 32x32 and never flipped: all shoes point left, and a teacher should know that.
-
-What every script of data/ writes, and all that train.py reads, is one folder (or the same three in one .npz):
-
-    tokens.npy    (N, L, G) the tokens, uint8 where V <= 256, else uint16; opened as a memory map, never read whole
-    labels.npy    (N,)      class ids
-    meta.json     which teacher and tokenizer (sha256 of its weights), V, L, G, classes, n = N, and "complete"
 """
 
 import argparse
 import gzip
-import hashlib
 import json
 import os
 import struct
@@ -28,7 +21,8 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from teachers import SPECS, UserError, build, replacing  # noqa: E402
+from data.tokens import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
+from teachers import UserError, replacing  # noqa: E402
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -77,37 +71,6 @@ def download(root=os.path.join(HERE, "fashion_raw")):
 
 
 # ================================================================================================ the tokens
-def load_tokenizer(name, path=None, random_weights=False):
-    """The frozen tokenizer of the teacher called `name`, without the teacher, which data do not need."""
-    return build(SPECS[name], "tokenizer", path, random_weights).eval().requires_grad_(False)
-
-
-def describe(tokenizer, name, source):
-    """The part of meta.json that follows from the tokenizer: tokens of other weights must not be taken for these."""
-    spec, sha256 = SPECS[name], hashlib.sha256()
-    for key, tensor in sorted(tokenizer.state_dict().items()):
-        sha256.update(key.encode() + tensor.cpu().numpy().tobytes())
-    device = next(tokenizer.parameters()).device
-    L, G = tokenizer.encode(torch.zeros(1, *spec.image, device=device)).shape[1:]
-    return dict(teacher=name, V=tokenizer.V, L=L, G=G, classes=spec.classes, source=source, tokenizer=sha256.hexdigest())
-
-
-def token_dtype(V):
-    return np.dtype(np.uint8 if V <= 256 else np.uint16)
-
-
-def write_folder(out, tokens, labels, meta):
-    """tokens.npy, labels.npy and meta.json; without its meta.json a folder counts as unfinished, so it comes last."""
-    os.makedirs(out, exist_ok=True)
-    if os.path.exists(os.path.join(out, "meta.json")):
-        os.remove(os.path.join(out, "meta.json"))
-    for name, array in (("tokens.npy", tokens), ("labels.npy", labels)):
-        with replacing(os.path.join(out, name)) as f:
-            np.save(f, array)
-    with replacing(os.path.join(out, "meta.json")) as f:
-        f.write(json.dumps(meta, indent=1).encode())
-
-
 def main(args):
     img, labels = load_images("train", args.raw)
     tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)

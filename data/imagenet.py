@@ -14,7 +14,7 @@ An image becomes one row, or more (its variants, side by side):
              ImageNet's, fall back to the centre square, so their crops are the plain image or its mirror.
 
 Kill it whenever you like; the same command goes on where it stopped. Unreadable images are left out and listed in
-skipped.txt. The result is the folder that data/fashion.py describes.
+skipped.txt. The result is the folder that data/tokens.py describes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from data.fashion import describe, load_tokenizer, token_dtype  # noqa: E402
+from data.tokens import describe, load_tokenizer, token_dtype  # noqa: E402
 from teachers import SPECS, UserError, replacing  # noqa: E402
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

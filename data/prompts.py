@@ -17,7 +17,7 @@ are left out, order is kept. What is broken is named by file and line, or left o
 
 The GAN needs real images too, train.py --gan --data FOLDER: for MaskGen, images by DALL-E 3 with their captions, of
 which lists are published elsewhere as well. --images takes a folder of images, each with its prompt in NAME.txt beside
-it, and writes the folder that data/fashion.py describes, and prompts.txt: a label is a line of it, counted from 0.
+it, and writes the folder that data/tokens.py describes, and prompts.txt: a label is a line of it, counted from 0.
 What cannot be read is listed in skipped.txt. A folder without meta.json is unfinished; the command makes it anew.
 """
 
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from data.fashion import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
+from data.tokens import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
 from data.imagenet import SUFFIXES, variants  # noqa: E402
 from teachers import SPECS, UserError, local, replacing  # noqa: E402
 
