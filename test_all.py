@@ -523,6 +523,11 @@ def test_schedules_mask_the_golden_number_of_positions(schedule):
     assert mask.sum((1, 2)).tolist() == MASKED_OF_256[schedule]
 
 
+def test_a_token_of_probability_zero_is_not_drawn_even_where_u_is_on_its_edge():
+    z = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).expand(1, 3, 1, 4)
+    assert se.sample_tokens(z, u=torch.tensor([0.0, 0.5, 0.49]).view(1, 3, 1)).flatten().tolist() == [1, 2, 1]
+
+
 def test_mage_ratios_are_a_normal_truncated_to_half_and_one():
     r = dimo.mask_ratio((torch.arange(20000) + 0.5) / 20000, "mage")                # every quantile once
     assert (r >= 0.5).all() and (r <= 1).all() and (r.diff() >= 0).all() and r[0] < 0.501 and r[-1] > 0.999
@@ -5278,7 +5283,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
 def test_two_processes_of_which_one_is_killed_go_on_by_themselves_and_end_the_same(tmp_path):
     def start(out):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                   f"--max-restarts={KILLS + 2}", "train.py", *SHORT_RUN, "--out", f"{tmp_path}/{out}"]
+                   f"--max-restarts={KILLS or 1}", "train.py", *SHORT_RUN, "--out", f"{tmp_path}/{out}"]
         return subprocess.Popen(command, cwd=HERE, stdout=open(f"{tmp_path}/{out}.txt", "w"), stderr=subprocess.STDOUT,
                                 env=dict(os.environ, OMP_NUM_THREADS="1"))
 
@@ -5359,13 +5364,21 @@ def test_damaged_data_and_checkpoints_of_other_versions_are_answered_with_a_sent
 
 
 def test_a_resumed_run_writes_where_the_flags_say_and_not_where_the_checkpoint_does(tmp_path, monkeypatch):
-    state = run(tmp_path, steps=2)
+    state = run(tmp_path, steps=2, out=f"{tmp_path}/out/run")
     state["config"].update(out=f"{tmp_path}/elsewhere", text_cache=f"{tmp_path}/cache", steps=3)
-    torch.save(state, f"{tmp_path}/run/ckpt.pt")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--out", f"{tmp_path}/run", "--resume"])
+    torch.save(state, f"{tmp_path}/out/run/ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume"])              # --out has its default, out/run
     train.main()
-    assert torch.load(f"{tmp_path}/run/ckpt.pt", weights_only=True)["step"] == 3
+    assert torch.load(f"{tmp_path}/out/run/ckpt.pt", weights_only=True)["step"] == 3
     assert not os.path.exists(f"{tmp_path}/elsewhere") and not os.path.exists(f"{tmp_path}/cache")
+
+
+def test_without_a_compiler_the_way_out_is_named(tmp_path):
+    done = subprocess.run([sys.executable, "train.py", *SHORT_RUN, "--compile", "--out", str(tmp_path)], cwd=HERE,
+                          capture_output=True, text=True, env=dict(os.environ, CXX="/bin/false", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "train.py: --compile failed" in done.stderr and "--no-compile" in done.stderr
 
 
 def test_a_new_run_in_an_old_folder_leaves_no_older_checkpoint_to_go_on_from(tmp_path, monkeypatch):

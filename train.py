@@ -647,7 +647,6 @@ def train(c):
 
     # --------------------------------------------------------------------------------- compile, then wrap
     if c.compile:                                     # in place: state-dict keys stay as they are
-        torch._dynamo.config.suppress_errors = True   # where there is no compiler: a warning, and on without
         for m in (net, *nets.values()):
             m.compile(dynamic=False)                  # a graph for each of its two or three shapes, no general one
     # Where gradients must be averaged, call the DDP wrapper; calling the bare module silently trains each rank alone.
@@ -838,6 +837,8 @@ def main():
     except torch.OutOfMemoryError as err:
         ap.exit(2, f"train.py: {str(err).splitlines()[0]} Take --accum 2 or more, --checkpointing, or a smaller --batch\n")
     except RuntimeError as err:
+        if type(err).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            ap.exit(2, f"train.py: --compile failed ({str(err).splitlines()[0][:200]}): --no-compile does without\n")
         if not ev.peer_is_gone(err):
             raise
         ap.exit(3, f"train.py: another process is gone ({str(err).splitlines()[0][:200]}). Its own message says why; go on from "
