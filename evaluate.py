@@ -481,9 +481,9 @@ def all_reduce(t):
 def join_processes(kind):
     """This process's device, "cuda" or "cpu", and the process group, where torchrun started several processes.
 
-    A restart (torchrun --max-restarts) on one node meets under a name of its own: the agent's store still has the
-    addresses of the processes that died. Agents of several nodes count restarts each for itself; there the store itself
-    must be new, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 sees to (README).
+    A restart (torchrun --max-restarts) on one node meets under a name of its own: torchrun's store still has the
+    addresses of the processes that died. On several nodes no count of restarts is shared; there the store itself must
+    be new, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 sees to (README).
     """
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
     if device.type == "cuda":

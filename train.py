@@ -796,8 +796,8 @@ def train(c):
 def restarted(path):
     """Is this a restart by torchrun --max-restarts, of a run that has the checkpoint `path` already?
 
-    Agents of several nodes count restarts each for itself, and only those whose own process died. What they share is the
-    name of the launch (--rdzv_id), which the checkpoint has too.
+    On several nodes each torchrun counts only the restarts that its own processes caused. What all share is the name of
+    the launch (--rdzv_id), which the checkpoint has too.
     """
     env = os.environ
     if not os.path.exists(path) or "TORCHELASTIC_RUN_ID" not in env:
