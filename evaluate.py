@@ -418,7 +418,8 @@ class OneStep(nn.Module):
 
     def forward(self, rows):
         _, x, cond = student_tokens(self.teacher, self.net, rows, **self.start)
-        return to_bytes(self.tokenizer.decode(embed_tokens(x, *self.tokenizer.tables()), cond, chunk=0), self.teacher.spec)
+        img = self.tokenizer.pixels(embed_tokens(x, *self.tokenizer.tables()), cond)          # in one piece, of any size
+        return to_bytes(img.clamp(0, 1), self.teacher.spec)
 
 
 @torch.no_grad()

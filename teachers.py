@@ -451,13 +451,13 @@ class TokenCoder(Network):
     G = 1
 
     def decode(self, e, cond=(), clamp=True, chunk=None):
-        """Decoder embeddings e (B, L, d_dec) -> images (B, C, H, W) in [0, 1], `chunk` images at a time; 0: all at once.
+        """Decoder embeddings e (B, L, d_dec) -> images (B, C, H, W) in [0, 1], `chunk` images at a time.
 
         cond is the teacher's condition; MaskGen's decoder reads the prompt in it, the others do not look.
         """
         # 1,024 tokens, 16 images of the tiny world, fit a CPU's cache; 16,384 are 4 images of 1024 px
-        chunk = max(1, (1024 if e.device.type == "cpu" else 2**14) // e.shape[1]) if chunk is None else chunk
-        parts = zip(e.split(chunk), *(c.split(chunk) for c in cond)) if chunk else [(e, *cond)]
+        chunk = chunk or max(1, (1024 if e.device.type == "cpu" else 2**14) // e.shape[1])
+        parts = zip(e.split(chunk), *(c.split(chunk) for c in cond))
         img = torch.cat([self.pixels(part, conds) for part, *conds in parts])
         return img.clamp(0, 1) if clamp else img
 

@@ -3904,15 +3904,17 @@ def test_accumulation_equals_the_joint_batch(tmp_path):
         assert all(torch.allclose(one[k][n], two[k][n], atol=2e-5) for n in one[k]), k
 
 
-def two_processes(rank, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29531")
+def one_of_two(rank, folder, port, *runs):
+    """Process `rank` of two: the nano runs with these settings, one after the other."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    train.train(nano_run(folder, out=f"{folder}/two"))
+    for kw in runs:
+        train.train(nano_run(folder, **kw))
 
 
 def test_two_gloo_processes_make_the_same_update_as_one(tmp_path):
     one = run(tmp_path, out=f"{tmp_path}/one")
-    torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), 29531, dict(out=f"{tmp_path}/two")), nprocs=2)
     two = torch.load(f"{tmp_path}/two/ckpt.pt", weights_only=True)
     for k in ("student", "aux", "disc", "ema"):
         assert all(torch.allclose(one[k][n], two[k][n], atol=2e-5) for n in one[k]), k
@@ -5258,18 +5260,21 @@ def end_of(out):
     return {k: ckpt[k] for k in NETS}, [{k: v for k, v in row.items() if k != "img_s"} for row in rows]
 
 
+def lines(path):
+    return sum(1 for _ in open(path)) if os.path.exists(path) else 0
+
+
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     command = lambda out: [sys.executable, "train.py", *SHORT_RUN, "--out", f"{tmp_path}/{out}"]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     subprocess.run(command("whole"), cwd=HERE, check=True, capture_output=True, env=env)
     draw, killed, log = np.random.default_rng(0), 0, f"{tmp_path}/cut/log.jsonl"
-    lines = lambda: sum(1 for _ in open(log)) if os.path.exists(log) else 0
     while True:
         more = ["--resume"] * os.path.exists(f"{tmp_path}/cut/ckpt.pt")
         process, before = subprocess.Popen(command("cut") + (more or ["--overwrite"]), cwd=HERE, stdout=subprocess.DEVNULL,
-                                           stderr=subprocess.DEVNULL, env=env), lines()
+                                           stderr=subprocess.DEVNULL, env=env), lines(log)
         if killed < (KILLS or 2):
-            while process.poll() is None and lines() <= min(before, STEPS - 1):   # a step further, then any moment
+            while process.poll() is None and lines(log) <= min(before, STEPS - 1):   # a step further, then any moment
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.6))
             process.kill()
@@ -5291,10 +5296,9 @@ def test_two_processes_of_which_one_is_killed_go_on_by_themselves_and_end_the_sa
         assert process.wait(120) == 0, open(f"{tmp_path}/{out}.txt").read()[-3000:]
     ended(start("whole"), "whole")
     draw, log, process = np.random.default_rng(1), f"{tmp_path}/cut/log.jsonl", start("cut")
-    lines = lambda: sum(1 for _ in open(log)) if os.path.exists(log) else 0
     for _ in range(KILLS or 1):
-        before = lines()
-        while process.poll() is None and lines() <= before + 2:
+        before = lines(log)
+        while process.poll() is None and lines(log) <= before + 2:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.6))
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -5321,7 +5325,8 @@ def test_a_run_whose_peer_dies_ends_with_a_sentence_within_seconds(tmp_path):
 
 def test_sharded_optimisers_make_the_same_run_and_checkpoints_for_any_number_of_processes(tmp_path):
     whole = run(tmp_path, out=f"{tmp_path}/whole")
-    torch.multiprocessing.spawn(sharded_processes, (str(tmp_path),), nprocs=2)
+    zero = dict(out=f"{tmp_path}/zero", zero=True)
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), 29533, dict(zero, steps=4), dict(zero, resume=True)), nprocs=2)
     two = torch.load(f"{tmp_path}/zero/ckpt.pt", weights_only=True)
     for k in ("student", "aux", "disc", "ema"):
         assert all(torch.allclose(whole[k][n], two[k][n], atol=2e-5) for n in whole[k]), k
@@ -5332,13 +5337,6 @@ def test_sharded_optimisers_make_the_same_run_and_checkpoints_for_any_number_of_
     assert on["step"] == 8 and all(torch.isfinite(t).all() for t in on["student"].values())
     with pytest.raises(UserError, match="--zero shards the state of adam and adamw"):
         nano_run(tmp_path, zero=True, optimizer="muon")
-
-
-def sharded_processes(rank, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29533")
-    torch.set_num_threads(1)
-    train.train(nano_run(folder, out=f"{folder}/zero", zero=True, steps=4))
-    train.train(nano_run(folder, out=f"{folder}/zero", zero=True, resume=True))
 
 
 def test_damaged_data_and_checkpoints_of_other_versions_are_answered_with_a_sentence(tmp_path, monkeypatch, capsys):

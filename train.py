@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import evaluate as ev
 from data.prompts import read_prompts
-from data.tokens import RealTokens, TextFeatures
+from data.tokens import RealTokens, TextFeatures, synthetic_prompts
 from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
@@ -201,11 +201,11 @@ def settle(given, defaults):
     if c.profile:                                     # one step to count in, three to warm up, one to trace
         vars(c).update(resume=False, random_weights=True, data=None, init_from="teacher", steps=c.profile + 5, eval_every=0,
                        log_every=10**9, save_every=10**9, student_start=0, gan_start=0, reward_start=0)
-    positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip",
-                "reward_chunk")
     for key, value in vars(c).items():
         if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
             raise UserError(f"--{key} {value}: expected a finite number")
+    positive = ("steps", "batch", "accum", "log_every", "save_every", "heads", "head_width", "head_mlp", "lr", "tau", "clip",
+                "reward_chunk")
     for key in positive:
         if not getattr(c, key) > 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected a number above 0")
@@ -568,7 +568,7 @@ def train(c):
         layers = head_layers(net.depth, c.heads)
         disc = nets["disc"] = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid).to(device)
     prompts = (None if spec.text is None else real_data.prompts if c.gan else
-               [f"prompt {i}" for i in range(64)] if c.profile else read_prompts(c.prompts))
+               synthetic_prompts() if c.profile else read_prompts(c.prompts))
     conditions = teacher.conditions(prompts)
     features = TextFeatures(teacher, conditions, c.text_cache)
     if features.why:

@@ -77,9 +77,13 @@ class RealTokens:
         return send(torch.from_numpy(x), self.conditions.device), torch.from_numpy(labels)
 
 
+def synthetic_prompts():
+    return [f"prompt {i}" for i in range(64)]
+
+
 def synthetic_tokens(teacher, n=1024):
     """As load_tokens, drawn at random: for --profile."""
-    draw, prompts = np.random.default_rng(0), [f"prompt {i}" for i in range(64)] if teacher.text else None
+    draw, prompts = np.random.default_rng(0), synthetic_prompts() if teacher.text else None
     count = len(prompts) if prompts else teacher.spec.classes
     return draw.integers(teacher.net.V, size=(n, teacher.net.L, teacher.net.G)), draw.integers(count, size=n), prompts
 
@@ -154,13 +158,12 @@ class TextFeatures:
         device = self.conditions.device
         if self.parts is None:
             return self.teacher.cond(self.conditions[send(which, device)])
-        rows = which
-        for new in filter(len, rows[~self.known[rows]].unique().split(self.CHUNK)):
+        for new in filter(len, which[~self.known[which]].unique().split(self.CHUNK)):
             full = new[torch.arange(self.CHUNK) % len(new)]
             for part, c in zip(self.parts, self.teacher.cond(self.conditions[send(full, device)])):
                 part[new] = c[: len(new)].cpu()
             self.known[new] = True                    # after the features: a killed run leaves no holes
-        return tuple(send(part[rows], device) for part in self.parts)
+        return tuple(send(part[which], device) for part in self.parts)
 
 
 def send(t, device):
