@@ -42,6 +42,7 @@ import argparse
 import functools
 import hashlib
 import json
+import lzma
 import math
 import os
 import re
@@ -67,6 +68,7 @@ from data.benchmarks import (BENCHMARKS, RANDOM, expect_text, geneval_folder, ge
                              save_images, verdict)
 from data.inception import INCEPTION, RESIZES, Inception, download, load_inception
 from data.prompts import read_prompts
+from data.tokens import write_packed
 from dimo import initial_tokens, student_logits
 from reward import load_judges
 from soft_embed import embed_tokens, sample_tokens
@@ -244,7 +246,7 @@ def load_reference(path, dim, device="cpu", made=None):
             mu, sigma = (f[key].astype(np.float64) for key in ("mu", "sigma"))
             features = torch.from_numpy(f["features"]).float().to(device) if "features" in f else None
             was = str(f["made"]) if "made" in f else made
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as err:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, lzma.LZMAError) as err:
         raise UserError(f"cannot read statistics from {path} ({err}): expected an .npz with mu and sigma")
     if (mu.shape, sigma.shape) != ((dim,), (dim, dim)) or (features is not None and features.shape[1:] != (dim,)):
         raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} and {sigma.shape}: "
@@ -869,8 +871,8 @@ def make_reference(args):
     some = features[:: len(img) // 5000].half().cpu().numpy()    # (5000, dim)
     os.makedirs(ASSETS, exist_ok=True)
     save_file({k: v.cpu().contiguous() for k, v in state.items()}, os.path.join(ASSETS, "classifier.safetensors"))
-    np.savez_compressed(os.path.join(ASSETS, "reference.npz"), mu=mu, sigma=sigma.astype(np.float32), n=len(img),
-                        features=some)
+    with replacing(os.path.join(ASSETS, "reference.npz")) as f:
+        write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
     record = dict(epochs=args.epochs, seed=args.seed, device=args.device, seconds=round(time.time() - start),
                   n=len(img), n_features=len(some), dim=net.dim,
                   parameters=sum(p.numel() for p in net.parameters()))

@@ -392,8 +392,9 @@ def load_rewards(names, paths={}, device="cpu", dtype=None, vocab=None, random_w
     for name in names:
         make = functools.partial(ClipReward, configs.get(name, CLIP_H), name)
         if name == "imagereward":
-            vocab = vocab or (None if random_weights else fetch(*VOCAB, "--bert_vocab"))
-            make = functools.partial(ImageReward, wordpiece=WordPiece(vocab), **configs.get(name, {}))
+            config = dict(configs.get(name, {}))
+            vocab = config.pop("vocabulary", vocab) or (None if random_weights else fetch(*VOCAB, "--bert_vocab"))
+            make = functools.partial(ImageReward, wordpiece=WordPiece(vocab and local(vocab)), **config)
         model = load_model(name, make, paths.get(name), random_weights)
         if name == "imagereward" and vocab and len(model.wordpiece.ids) + 2 != model.words.num_embeddings:
             raise UserError(f"{vocab} has {len(model.wordpiece.ids)} pieces, expected "

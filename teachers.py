@@ -74,7 +74,7 @@ class Spec:
     prompts: str = "assets/prompts.txt"   # what it is asked for, where nobody says
     rounds: bool = False          # pixels become uint8 by rounding, else by truncation, as its authors have it
     files: dict = field(default_factory=dict)
-    rewards: dict = field(default_factory=dict)   # a tiny world's own: {name: (file, ClipReward's config)}
+    rewards: dict = field(default_factory=dict)   # a tiny world's own: {name: (file, its sizes)}
     record: str = ""              # evaluations of the teacher that ship with it, JSON lines
     noise_scale: float | None = None  # unit of the embedding perturbation; None: the table's root mean square
 
@@ -1441,6 +1441,8 @@ TINY_VQ = dict(widths=(16, 32, 32), blocks=1, latent=8, embed=8, V=64, norm_grou
 TINY_TEXT = dict(width=32, heads=2, depth=2, context=16)
 SHAPES_CLIP = dict(embed_dim=128, vision_cfg=dict(image_size=32, patch_size=4, width=96, layers=3, head_width=32),
                    text_cfg=dict(context_length=16, vocab_size=341, width=64, heads=2, layers=3))
+SHAPES_REWARD = dict(size=32, patch=4, vision=(64, 4, 2), text=(64, 2, 2), mlp=256, vocab=33, positions=16, head=(32, 16),
+                     vocabulary="assets/shapes/words.txt")
 
 SPECS = {spec.name: spec for spec in (
     Spec("maskbit", MaskBit, dict(classes=1000), BitTokenizer, {}, maskbit_plan,
@@ -1488,11 +1490,12 @@ SPECS = {spec.name: spec for spec in (
          VQTokenizer, dict(widths=(32, 64, 64), blocks=1, latent=16, embed=16, V=512, norm_groups=8, attention=(),
                            signed=False), meissonic_plan,
          {32: dict(guidance=2.5, temperature=2.0)}, rounds=True, noise_scale=1.0,
-         image=(3, 32, 32), student=dict(init_ratio=0.95, noise=0.3, temperature=1.0),
+         image=(3, 32, 32), student=dict(init_ratio=0.985, noise=0.1, temperature=0.3),
          text=dict(width=64, heads=2, depth=3, out=128, vocab=341, context=16, pads_with_bang=True),
          files={"net": (None, "assets/shapes/teacher.safetensors"), "text": (None, "assets/shapes/clip.safetensors"),
                 "tokenizer": (None, "assets/shapes/tokenizer.safetensors")},
-         prompts="assets/shapes/prompts.txt", rewards={"clip": ("assets/shapes/clip.safetensors", SHAPES_CLIP)}),
+         prompts="assets/shapes/prompts.txt", rewards={"clip": ("assets/shapes/clip.safetensors", SHAPES_CLIP),
+                                                       "imagereward": ("assets/shapes/imagereward.safetensors", SHAPES_REWARD)}),
     Spec("maskgen-tiny", MaskGen, dict(V=64, L=16, width=64, depth=3, heads=4, text_width=32, micro=16, spare=11),
          TATiTok, dict(V=64, L=16, size=32, patch=8, embed=8, enc=(32, 2, 2), dec=(48, 2, 4), text=16, text_width=32),
          maskgen_plan, {4: dict(guidance=12.0, temperature=2.0)},

@@ -5101,6 +5101,49 @@ def test_a_picture_of_something_else_is_wrong_under_genevals_rules():
     assert "found" in see([(shape, "red")] * (n - 1))[1] and not see([(other, "red")] * n)[0]
 
 
+def test_a_caption_gone_astray_is_one_of_the_worlds_and_no_picture_of_the_right_one_fulfils_it():
+    drawn = [shapes.caption(np.random.default_rng([1, i]), str(np.random.default_rng(i).choice(shapes.MIXED))) for i in range(9000)]
+    metas, rng, seen = {prompt: meta for prompt, meta, *_ in drawn}, np.random.default_rng(2), set()
+    for prompt, meta, objects, relation in drawn[:500]:
+        wrong = shapes.astray(rng, prompt)
+        found = shapes.detect(shapes.render(rng, objects, relation).transpose(2, 0, 1))
+        if wrong in metas:                                        # else a mixture that was not drawn: there are 7,000
+            assert benchmarks.verdict(meta, *found)[0] and not benchmarks.verdict(metas[wrong], *found)[0], (prompt, wrong)
+            seen.add(meta["tag"])
+        else:
+            assert meta["tag"] == "mixture" or "and" in wrong and len(wrong.split()) == 7, wrong
+        assert set(wrong.split()) <= set(shapes.WORDS) and " a orange" not in f" {wrong}"
+    assert seen == set(shapes.MIXED)
+
+
+def test_a_spoiled_picture_has_patches_of_another_and_half_of_the_pictures_blends_of_both():
+    torch.manual_seed(0)
+    x = torch.arange(64 * 200).view(200, 64).float()              # every patch of every picture says where it is from
+    out = shapes.spoiled(torch.stack([x, torch.zeros_like(x)], -1))
+    changed = out[..., 0] != x
+    share = changed.float().mean(1)
+    assert (share == 0).float().mean() < 0.05 and share.max() < 0.7 and 0.08 < share.mean() < 0.25 and (out[..., 1] == 0).all()
+    hard = ((out[..., 0] == out[..., 0].round()) | ~changed).all(1)
+    assert 0.35 < hard.float().mean() < 0.65
+    donor, own = (out[..., 0][hard] / 64).floor(), torch.arange(200)[hard, None]
+    assert torch.equal(donor, torch.where(changed[hard], (own - 1) % 200, own).float())
+
+
+def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss():
+    torch.manual_seed(0)
+    config = {k: v for k, v in teachers.SHAPES_REWARD.items() if k != "vocabulary"}
+    model = reward.ImageReward(wordpiece=reward.WordPiece(f"{HERE}/assets/shapes/words.txt"), **config)
+    good, worse = (torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
+    ids, wrong = (model.tokenize(p) for p in (["a ring", "two rings", "a red cross"], ["a circle", "four rings", "a blue cross"]))
+    assert 1 not in ids                                           # [UNK]
+    loss, log = shapes.judge_loss(model, good, worse, ids, wrong)
+    raw = lambda img, ids: model(reward.preprocess(img.float() / 255, 32), ids) * model.STD + model.MEAN
+    r, w, s = raw(good, ids), raw(good, wrong), raw(worse, ids)
+    ranks = -(r - w).sigmoid().log().mean() - (r - s).sigmoid().log().mean()
+    assert close(loss, ranks + 1e-3 * (r.square().mean() + w.square().mean() + s.square().mean()))
+    assert close(log["caption"], (r > w).float().mean()) and close(log["picture"], (r > s).float().mean())
+
+
 # ----------------------------------------------------------------------------------- rewards in training
 def shapes_run(folder, **kw):
     given = {**dict(teacher="meissonic-tiny", random_weights=True, device="cpu", dtype="fp32", batch=4, steps=2, warmup=0,

@@ -74,10 +74,10 @@ TABLE_5["maskbit-tiny"] = dict(
     lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=75, save_every=50)
 # choice: beta 0.5 (0 leaves crumbs) and Muon (a quarter of Adam's steps). No label smoothing: this teacher had none.
 TABLE_5["meissonic-tiny-scratch"] = dict(
-    TABLE_5["meissonic"], teacher="meissonic-tiny", batch=64, steps=4000, cfg=3.0, beta=0.5, schedule="arccos",
-    optimizer="muon", lr=5e-4, aux_lr=1.5e-3, ema=0.99, warmup=20, lr_end=0.05, smoothing=0.0, checkpointing=False,
-    heads=2, head_width=32, head_mlp=32, prompts="assets/shapes/prompts.txt", rewards={"clip": 1.0}, reward_chunk=64,
-    w_reward=2.0, log_every=25, eval_every=500, n_eval=600, save_every=250)
+    TABLE_5["meissonic"], teacher="meissonic-tiny", batch=64, steps=6500, cfg=3.0, beta=0.5, schedule="arccos",
+    optimizer="muon", lr=1e-3, aux_lr=3e-3, ema=0.995, warmup=20, lr_end=0.05, smoothing=0.0, checkpointing=False,
+    heads=2, head_width=32, head_mlp=32, prompts="assets/shapes/prompts.txt", rewards={"imagereward": 1.0, "clip": 0.2},
+    reward_chunk=64, w_reward=2.0, log_every=50, eval_every=500, n_eval=600, save_every=500)
 TABLE_5["meissonic-tiny"] = dict(
     TABLE_5["meissonic-tiny-scratch"], init_from="assets/shapes/theta0.safetensors", steps=1000, student_start=50,
     reward_start=50, w_reward=10.0, eval_every=250, save_every=50)
@@ -291,6 +291,37 @@ def ema_update(ema, net, n, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
 
 
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), its steps as large as AdamW's, with matrices of a size multiplied together.
+
+    The same update to bfloat16's rounding, in a third of the time where matrices are many and small.
+    """
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, (a, b, c) = group["lr"], group["momentum"], group["ns_coefficients"]
+            sizes = {}                                # {(rows, columns), rows <= columns: [(parameter, its update)]}
+            for p in (p for p in group["params"] if p.grad is not None):
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(mean, momentum)                                          # Nesterov's
+                sizes.setdefault(tuple(sorted(p.shape)), []).append((p, update.T if len(p) > p.shape[1] else update))
+            for (rows, columns), pairs in sizes.items():
+                x = torch.stack([update for _, update in pairs]).bfloat16()                   # (n, rows, columns)
+                x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+                for _ in range(group["ns_steps"]):    # Newton-Schulz: singular values towards 1
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+                for (p, _), step in zip(pairs, x):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(step.T if len(p) > p.shape[1] else step, alpha=-0.2 * lr * math.sqrt(columns))
+
+
 class Muon:
     """Matrices by Muon (Jordan et al. 2024), momentum made orthogonal and as large as Adam's steps; the rest by Adam.
 
@@ -302,7 +333,7 @@ class Muon:
 
     def __init__(self, params, lr, betas, eps, weight_decay, fused):
         matrices, rest = ([p for p in params if (p.ndim == 2) == wanted] for wanted in (True, False))
-        self.parts = (torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
+        self.parts = (BatchedMuon(matrices, lr, weight_decay),
                       torch.optim.Adam(rest, lr, betas, eps, weight_decay, fused=fused))
 
     param_groups = property(lambda self: [group for part in self.parts for group in part.param_groups])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from data.tokens import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
+from data.tokens import describe, load_tokenizer, token_dtype, write_folder, write_packed  # noqa: E402
 from teachers import UserError, replacing  # noqa: E402
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
@@ -84,7 +84,7 @@ def main(args):
     if args.pack:
         os.makedirs(os.path.dirname(args.pack) or ".", exist_ok=True)
         with replacing(args.pack) as f:
-            np.savez_compressed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
+            write_packed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
         print(f"{args.pack}: {len(tokens):,} images, {os.path.getsize(args.pack) / 1e6:.2f} MB")
     else:
         write_folder(args.out, tokens, labels, meta)

@@ -18,8 +18,10 @@ is grey), connected pixels are one object, hue is its colour, and its shape show
 
 import argparse
 import colorsys
+import functools
 import json
 import os
+import re
 import sys
 import time
 
@@ -29,14 +31,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from data.benchmarks import TASKS, geneval_table, verdict  # noqa: E402
 from data.tiny import fit, pixel_loss, ship  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
+from reward import ImageReward, WordPiece, preprocess  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import SHAPES_CLIP, SPECS, UserError, build, clip_ids, replacing  # noqa: E402
+from teachers import (SHAPES_CLIP, SPECS, UserError, build, clip_ids, load_state, load_student, read_weights,  # noqa: E402
+                      replacing)
 
 SIZE, FINE = 32, 8                                    # pixels a side; drawn FINE times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
@@ -45,6 +50,9 @@ COLORS = tuple(HUES)
 MIXED = (*TASKS, "mixture", "mixture")                # what to train on
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+PLURALS = tuple(s + ("es" if s == "cross" else "s") for s in SHAPES)
+KINDS = (tuple(RELATIONS), COLORS, SHAPES, PLURALS, tuple(NUMBERS.values()))      # of words that a caption can be wrong in
+WORDS = (*"a an and of left right above below".split(), *(w for kind in KINDS[1:] for w in kind))
 UNIT = 4                                              # sides, places and gaps are multiples of it: the tokens' patch
 GREYS, SHADES = (70, 100, 130, 160, 190), (0.8, 1.0)  # of the ground; HSV values of a shape
 SIDES = {1: (3, 4), 2: (2, 3), 3: (2,), 4: (2,)}      # of n objects, in units
@@ -75,7 +83,7 @@ def caption(rng, task):
         include, objects = [one(s1, c1), one(s2, c2)], [(s1, c1), (s2, c2)]
     elif task == "counting" or task == "mixture" and kind:
         color = c1 if task == "mixture" else None
-        prompt = f"{NUMBERS[n]} {color + ' ' if color else ''}{s1}{'es' if s1 == 'cross' else 's'}"
+        prompt = f"{NUMBERS[n]} {color + ' ' if color else ''}{PLURALS[SHAPES.index(s1)]}"
         include = [{"class": s1, "count": n, **({"color": color} if color else {})}]
         meta = {"tag": task, "include": include, "exclude": [{"class": s1, "count": n + 1}], "prompt": prompt}
         return prompt, meta, [(s1, color)] * n, None
@@ -88,6 +96,20 @@ def caption(rng, task):
     else:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, mixture")
     return prompt, {"tag": task, "include": include, "prompt": prompt}, objects, None
+
+
+def astray(rng, prompt):
+    """A caption that no picture of `prompt` fulfils: one word is another of its kind, or two have changed places."""
+    said = [[w for w in kind if re.search(rf"\b{w}\b", prompt)] for kind in KINDS]
+    pairs = [words for words in said[1:3] if len(words) == 2 and (said[0] or len(said[1]) == 2)]    # whose order matters
+    if pairs and rng.random() < 0.4:
+        u, v = pairs[rng.integers(len(pairs))]
+        change = {u: v, v: u}
+    else:
+        k = 0 if said[0] and rng.random() < 0.5 else rng.choice([k for k, words in enumerate(said) if words])    # places are hard
+        change = {str(rng.choice(said[k])): str(rng.choice([w for w in KINDS[k] if w not in said[k]]))}
+    prompt = re.sub(rf"\b({'|'.join(change)})\b", lambda m: change[m[0]], prompt)
+    return re.sub(r"\ban? (\w+)", lambda m: article(m[1]), prompt)
 
 
 # ==================================================================================================== renderings
@@ -274,6 +296,53 @@ def clip_loss(model, img, ids, same):
     return loss, dict(loss=loss.detach(), right=same[torch.arange(len(z)), z.argmax(1)].float().mean())
 
 
+def spoiled(e):
+    """Embeddings (B, L, d) of pictures, with patches of others in them, here and there or in a rectangle, out of place.
+
+    Half of them are blends, as soft embeddings are: so a judge that is trained on them likes a sure drawing.
+    """
+    B, side = len(e), round(e.shape[1] ** 0.5)
+    at = torch.arange(side)
+    inside = lambda low, size: (low[:, None] <= at) & (at < (low + size)[:, None])            # (B, side)
+    row, column = (inside(torch.randint(side - 2, (B,)), torch.randint(1, 6, (B,))) for _ in range(2))
+    box, dots = row[:, :, None] & column[:, None], torch.rand(B, side, side) < 0.3 * torch.rand(B, 1, 1)
+    change = torch.where(torch.rand(B, 1, 1) < 0.5, box, dots)[..., None]                     # (B, side, side, 1)
+    e = e.unflatten(1, (side, side))
+    other = e.roll((1, *torch.randint(side, (2,)).tolist()), (0, 1, 2))
+    share = torch.where(torch.rand(B, 1, 1, 1) < 0.5, 1.0, torch.rand(B, 1, 1, 1))
+    return torch.lerp(e, other, change * share).flatten(1, 2)
+
+
+def judge_loss(model, good, worse, ids, wrong):
+    """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption."""
+    image = model.see(preprocess(torch.cat([good, worse]).float() / 255, model.size))
+    right, spoilt = image.chunk(2)
+    h = model.read(torch.cat([ids, wrong, ids]), torch.cat([right, right, spoilt]))[:, 0]
+    r, r_wrong, r_worse = model.head(h).float()[:, 0].chunk(3)
+    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * (r**2 + r_wrong**2 + r_worse**2).mean()
+    return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean())
+
+
+@torch.no_grad()
+def drawings(img, prompts, some):
+    """(good, worse), uint8 like img: pictures through the tokenizer, and for each one that fits its prompt less.
+
+    The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps, others are spoiled.
+    """
+    import evaluate as ev                             # which imports this file's reader
+
+    teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", "meissonic-tiny")
+    pixels = lambda e: ev.to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
+    tokens = [teacher.tokenizer.encode(part.float() / 255) for part in tqdm(img.split(500), desc="tokens")]
+    e = [embed_tokens(x, *teacher.tokenizer.tables()) for x in tokens]
+    ways = [functools.partial(ev.generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
+    ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
+    rows = teacher.conditions(prompts[:some]).split(100)
+    worse = [ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))]
+    worse += [pixels(spoiled(part)) for part in tqdm(torch.cat(e)[some:].split(500), desc="spoiled")]
+    return torch.cat([pixels(part) for part in e]), torch.cat(worse)
+
+
 def teacher_loss(net, x, cond):
     """Eq. 1 as Meissonic trains: cross-entropy at masked tokens, mask ratio by the cosine, a tenth without a prompt.
 
@@ -306,6 +375,22 @@ def train(args):
         model.codebook.weight = nn.Parameter(codes, requires_grad=False)
         loss_fn = lambda: tokenizer_loss(model, centres, (img[batch()].float() / 255).contiguous(
             memory_format=torch.channels_last))
+    elif args.train == "imagereward":
+        config, rng, some = dict(spec.rewards["imagereward"][1]), np.random.default_rng(args.seed), args.n // 4
+        words = os.path.join(ROOT, config.pop("vocabulary"))
+        with replacing(words) as f:
+            f.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, ""]).encode())
+        model = ImageReward(wordpiece=WordPiece(words), **config)
+        if args.go_on:
+            load_state(model, read_weights(os.path.join(folder, "imagereward.safetensors")), "imagereward.safetensors")
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            good, worse = drawings(img, prompts, some)
+
+        def loss_fn():                                # half beside drawn pictures, half beside spoiled ones
+            i = torch.cat([torch.randint(some, (args.batch // 2,)), torch.randint(some, args.n, (args.batch // 2,))])
+            asked = [prompts[k] for k in i]
+            wrong = [astray(rng, p) if rng.random() < (0.9 if args.go_on else 0.5) else prompts[rng.integers(args.n)] for p in asked]
+            return judge_loss(model, good[i], worse[i], model.tokenize(asked), model.tokenize(wrong))
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
         ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
@@ -329,7 +414,7 @@ def train(args):
             i = batch()
             return teacher_loss(net, x[i], [c[which[i]] for c in features])
 
-    fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16, muon=args.train == "teacher")
+    fit(model, loss_fn, args.steps, args.lr, bf16=args.bf16, muon=args.train in ("teacher", "imagereward"))
     ship(model, os.path.join(folder, f"{args.train}.safetensors"), args, start)
 
 
@@ -355,8 +440,9 @@ def main(args):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
-    ap.add_argument("--train", choices=["tokenizer", "clip", "teacher"], help="make a part of assets/shapes, in this order")
-    ap.add_argument("--go_on", action="store_true", help="train the shipped teacher further, not a new one")
+    ap.add_argument("--train", choices=["tokenizer", "clip", "teacher", "imagereward"],
+                    help="make a part of assets/shapes, in this order; the last wants a theta0 there, too")
+    ap.add_argument("--go_on", action="store_true", help="train the shipped teacher or imagereward further, not a new one")
     ap.add_argument("--n", type=int, default=40_000, help="scenes to train on (%(default)s)")
     ap.add_argument("--steps", type=int, default=3000)
     ap.add_argument("--batch", type=int, default=128)
