@@ -738,9 +738,10 @@ def in_words(entry):
 # ===================================================================================== tables and pictures
 COLUMNS = {"steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
            "geneval": ".3f", "single_object": ".2f", "two_object": ".2f", "counting": ".2f", "colors": ".2f",
-           "position": ".2f", "color_attr": ".2f", "clip": ".2f", "chroma": ".3f", "clip_score": ".4f", "hps": ".2f",
-           "anime": ".2f", "concept-art": ".2f", "paintings": ".2f", "photo": ".2f", "precision": ".3f", "recall": ".3f",
-           "density": ".3f", "coverage": ".3f", "images/s": ".1f", "tokens_only/s": ".1f"}   # key of a row: its format
+           "position": ".2f", "color_attr": ".2f", "clip": ".2f", "imagereward": ".2f", "chroma": ".3f",
+           "clip_score": ".4f", "hps": ".2f", "anime": ".2f", "concept-art": ".2f", "paintings": ".2f", "photo": ".2f",
+           "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f", "images/s": ".1f",
+           "tokens_only/s": ".1f"}                    # key of a row: its format
 
 
 def table(rows):

@@ -5144,6 +5144,18 @@ def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss
     assert close(log["caption"], (r > w).float().mean()) and close(log["picture"], (r > s).float().mean())
 
 
+def test_the_shipped_imagereward_prefers_the_right_caption_and_the_sound_picture():
+    torch.manual_seed(0)
+    img, prompts, _ = shapes.scenes(200, seed=21)
+    teacher, rng = load_teacher("meissonic-tiny"), np.random.default_rng(0)
+    score = lambda img, prompts: reward.load_judges(teacher.spec, {"imagereward": 1.0})(img, prompts)["imagereward"]
+    e = se.embed_tokens(teacher.tokenizer.encode(torch.from_numpy(img).float() / 255), *teacher.tokenizer.tables())
+    sound, broken = (teacher.tokenizer.decode(h) for h in (e, shapes.spoiled(e)))
+    right = score(sound, prompts)
+    assert (right > score(sound, [shapes.astray(rng, p) for p in prompts])).float().mean() > 0.85
+    assert (right > score(broken, prompts)).float().mean() > 0.85
+
+
 # ----------------------------------------------------------------------------------- rewards in training
 def shapes_run(folder, **kw):
     given = {**dict(teacher="meissonic-tiny", random_weights=True, device="cpu", dtype="fp32", batch=4, steps=2, warmup=0,

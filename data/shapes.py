@@ -106,7 +106,8 @@ def astray(rng, prompt):
         u, v = pairs[rng.integers(len(pairs))]
         change = {u: v, v: u}
     else:
-        k = 0 if said[0] and rng.random() < 0.5 else rng.choice([k for k, words in enumerate(said) if words])    # places are hard
+        k = rng.choice([k for k, words in enumerate(said) if words])
+        k = 0 if said[0] and rng.random() < 0.5 else k            # places are hardest to learn
         change = {str(rng.choice(said[k])): str(rng.choice([w for w in KINDS[k] if w not in said[k]]))}
     prompt = re.sub(rf"\b({'|'.join(change)})\b", lambda m: change[m[0]], prompt)
     return re.sub(r"\ban? (\w+)", lambda m: article(m[1]), prompt)
@@ -388,8 +389,8 @@ def train(args):
 
         def loss_fn():                                # half beside drawn pictures, half beside spoiled ones
             i = torch.cat([torch.randint(some, (args.batch // 2,)), torch.randint(some, args.n, (args.batch // 2,))])
-            asked = [prompts[k] for k in i]
-            wrong = [astray(rng, p) if rng.random() < (0.9 if args.go_on else 0.5) else prompts[rng.integers(args.n)] for p in asked]
+            asked, easy = [prompts[k] for k in i], 0.1 if args.go_on else 0.5     # share of just any caption as the wrong one
+            wrong = [prompts[rng.integers(args.n)] if rng.random() < easy else astray(rng, p) for p in asked]
             return judge_loss(model, good[i], worse[i], model.tokenize(asked), model.tokenize(wrong))
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
