@@ -3968,6 +3968,19 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_the_rest_as_adam_does():
     assert matrix.grad is gain.grad is None
 
 
+def test_matrices_multiplied_together_move_as_torchs_muon_moves_each():
+    torch.manual_seed(0)
+    shapes = [(24, 8), (8, 24), (8, 24), (16, 16), (40, 8)]
+    ours, theirs = ([nn.Parameter(torch.linspace(-1, 1, a * b).view(a, b).clone()) for a, b in shapes] for _ in range(2))
+    a, b = train.BatchedMuon(ours, 0.02, 0.1), torch.optim.Muon(theirs, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):                                # momentum too
+        for p, q in zip(ours[:-1], theirs):           # the last has no gradient
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+    assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(ours, theirs)) and torch.equal(ours[-1], theirs[-1])
+
+
 def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_ten(tmp_path, monkeypatch):
     true, calls = train.dimo_grad, []
 
