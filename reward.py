@@ -226,12 +226,15 @@ class ImageReward(nn.Module):
             h = layer(h, image, mask)
         return h
 
+    def raw(self, image, ids):
+        """What see() saw, (B, N+1, D), and ids (B, S), 0 where padded -> scores (B,) as the head gives them."""
+        first = self.read(ids, image)[:, 0]                                                   # (B, d)
+        with torch.autocast(image.device.type, enabled=False):
+            return self.head(first.to(self.head[0].weight.dtype))[:, 0]                       # (B,)
+
     def forward(self, pixels, ids):
         """Preprocessed pixels (B, 3, size, size) and ids (B, S), 0 where padded -> rewards (B,), about N(0, 1)."""
-        first = self.read(ids, self.see(pixels))[:, 0]                                        # (B, d)
-        with torch.autocast(pixels.device.type, enabled=False):
-            raw = self.head(first.to(self.head[0].weight.dtype))[:, 0]                        # (B,)
-        return (raw - self.MEAN) / self.STD
+        return (self.raw(self.see(pixels), ids) - self.MEAN) / self.STD
 
     published_names = renames("""
         blip.visual_encoder.cls_token         cls_token    blip.visual_encoder.pos_embed          pos

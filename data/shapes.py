@@ -318,8 +318,7 @@ def judge_loss(model, good, worse, ids, wrong):
     """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption."""
     image = model.see(preprocess(torch.cat([good, worse]).float() / 255, model.size))
     right, spoilt = image.chunk(2)
-    h = model.read(torch.cat([ids, wrong, ids]), torch.cat([right, right, spoilt]))[:, 0]
-    r, r_wrong, r_worse = model.head(h).float()[:, 0].chunk(3)
+    r, r_wrong, r_worse = model.raw(torch.cat([right, right, spoilt]), torch.cat([ids, wrong, ids])).chunk(3)
     loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * (r**2 + r_wrong**2 + r_worse**2).mean()
     return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean())
 
