@@ -15,7 +15,7 @@ So every row of results.jsonl holds all of them, with hashes: compare rows that 
 Published FIDs rest on the Inception network of 2015 (`Inception`) and on statistics of real images: `--reference`, an
 .npz with mu and sigma (`adm` fetches ADM's of ImageNet), or `--real`, a folder. Either switches Inception on.
 
-The tiny world has its own feature network, a small classifier (`FashionNet`). Its features are means and standard
+The tiny world has its own feature network, a small classifier (`data.fashion.FashionNet`). Its features are means and standard
 deviations of the maps of *all* layers: the last layer alone hardly sees texture, and texture is what betrays
 tokens that were drawn independently. Its FIDs compare only with each other. Where real images stand, the floor,
 says assets/fashion/reference.json.
@@ -35,7 +35,6 @@ says assets/fashion/reference.json.
     python evaluate.py --ckpt out/run/ckpt.pt --export student.pt2           # one file that runs without this code
     python evaluate.py --reconstruction                          # the tokenizer: what limits every student
     python evaluate.py --reconstruction --teacher maskgit --real imagenet/val                # rFID and PSNR of another
-    python evaluate.py --make_reference                          # made assets/fashion/{classifier,reference}.*
 """
 
 import argparse
@@ -59,16 +58,15 @@ import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 import teachers
 from data.benchmarks import (BENCHMARKS, RANDOM, expect_text, geneval_folder, geneval_table, load_benchmarks, picture,
                              save_images, verdict)
+from data.fashion import FashionNet, load_images
 from data.inception import INCEPTION, RESIZES, Inception, download, load_inception
 from data.prompts import read_prompts
-from data.tokens import write_packed
 from dimo import initial_tokens, student_logits
 from reward import load_judges
 from soft_embed import embed_tokens, sample_tokens
@@ -186,31 +184,6 @@ def prdc(real, fake, k=3, block_bytes=2**26):
 # ================================================================================ extractors and references
 # An extractor maps images (B, C, H, W) in [0, 1] to (features (B, dim), logits (B, classes)): the tiny world's is
 # FashionNet, that of published numbers Inception, with the resize inside it.
-class FashionNet(nn.Module):
-    """A small classifier of clothes, (B, 1, 32, 32). Its features see texture: mean and deviation of every map.
-
-    They are standardised over the training set, so that no layer dominates a distance.
-    """
-
-    def __init__(self, widths=(16, 24, 32, 32), strides=(1, 2, 2, 1), classes=10):
-        super().__init__()
-        self.dim, self.classes = 2 * sum(widths), classes
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, s, padding=1, bias=False)
-                                   for a, b, s in zip((1, *widths), widths, strides))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
-        self.standard = nn.BatchNorm1d(self.dim, affine=False)
-        self.head = nn.Linear(self.dim, classes)
-
-    def forward(self, img):
-        h, stats = img, []
-        for conv, norm in zip(self.convs, self.norms):
-            h = F.relu(norm(conv(h)))                            # (B, width, H, W), 32 to 8 px
-            mean = h.mean((2, 3), keepdim=True)                                               # (B, width, 1, 1)
-            stats += [mean[:, :, 0, 0], ((h - mean).square().mean((2, 3)) + 1e-6).sqrt()]
-        features = self.standard(torch.cat(stats, 1))                                         # (B, dim)
-        return features, self.head(features)
-
-
 REFERENCES = {"adm": ("https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
                       "VIRTUAL_imagenet256_labeled.npz", None)}
 
@@ -835,61 +808,7 @@ def fixed_sample(make_images, conditions, n=10, seed=0):
     return make_images(torch.stack(spread(conditions, n)), generator=generator)
 
 
-# ================================================================================== real images: the tiny world
-def make_reference(args):
-    """Train FashionNet, then write its weights (float16), the training set's statistics, and a record of both."""
-    from data.fashion import load_images
-    from safetensors.torch import save_file
-
-    start = time.time()
-    torch.manual_seed(args.seed)
-    img, labels, test, test_labels = (torch.from_numpy(a) for s in ("train", "t10k") for a in load_images(s))
-    net, batch = FashionNet().to(args.device), 128
-    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
-    bar = tqdm(range(args.epochs * (len(img) // batch)), "classifier", mininterval=2, dynamic_ncols=True)
-    for n in bar:
-        epoch, k = divmod(n, len(img) // batch)
-        if k == 0:
-            order = torch.randperm(len(img)).split(batch)
-        decay = (1.01 + 0.99 * math.cos(math.pi * n / bar.total)) / 2
-        opt.param_groups[0]["lr"] = 5e-3 * min(1, (n + 1) / 100) * decay
-        z = net(img[order[k]].to(args.device).float() / 255)[1]
-        loss = F.cross_entropy(z, labels[order[k]].to(args.device).long())
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        if n % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
-
-    # The shipped weights are rounded, so the statistics are taken with the rounded ones.
-    state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    net.load_state_dict(state)
-    net.eval().requires_grad_(False)
-    features = torch.cat([extract(net, part.to(args.device))[0] for part in img.split(500)])
-    moments = Moments(net.dim, features.double().mean(0), args.device)
-    moments.add(features)
-    mu, sigma = moments.result()
-    some = features[:: len(img) // 5000].half().cpu().numpy()    # (5000, dim)
-    os.makedirs(ASSETS, exist_ok=True)
-    save_file({k: v.cpu().contiguous() for k, v in state.items()}, os.path.join(ASSETS, "classifier.safetensors"))
-    with replacing(os.path.join(ASSETS, "reference.npz")) as f:
-        write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
-    record = dict(epochs=args.epochs, seed=args.seed, device=args.device, seconds=round(time.time() - start),
-                  n=len(img), n_features=len(some), dim=net.dim,
-                  parameters=sum(p.numel() for p in net.parameters()))
-
-    # What the metric says of real images it was not made from: the floor of every number here.
-    net, reference = load_extractor(SPECS["maskbit-tiny"], args.device)
-    right = [extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
-    record["test_accuracy"] = (torch.cat(right) == test_labels).double().mean().item()
-    test = test.to(args.device)
-    record["test_images"] = evaluate(lambda i, **_: test[i], torch.arange(len(test), device=args.device), net,
-                                      reference)
-    with open(os.path.join(ASSETS, "reference.json"), "w") as f:
-        json.dump(record, f, indent=1)
-    print(json.dumps(record, indent=1))
-
-
+# ================================================================================================ real images
 def reconstruction(teacher, device, n, batch, measure=None, folder=None):
     """Rows for real images, and for decode(encode(them)) with PSNR: the tokenizer bounds the student (App. D).
 
@@ -911,7 +830,6 @@ def reconstruction(teacher, device, n, batch, measure=None, folder=None):
         if net is None:
             raise UserError(f"--reconstruction reads Fashion-MNIST, which {spec.name} does not know: for other images "
                             "add --real FOLDER")
-        from data.fashion import load_images
         sources = []
         for split in ("train", "t10k"):
             img = torch.from_numpy(load_images(split)[0])
@@ -1021,8 +939,6 @@ def flags():
     add("--bf16", action="store_true", help="networks in bfloat16; decoder and features stay in float32")
 
     add = ap.add_argument_group("the tiny world's metric").add_argument
-    add("--make_reference", action="store_true", help="train FashionNet; write it and its statistics to assets/")
-    add("--epochs", type=number(1, 1000, int), default=6, help="of that training (%(default)s)")
     return ap
 
 
@@ -1057,8 +973,6 @@ def main(args):
     # ------------------------------------------------------------------------------- processes and device
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
-    if args.make_reference:
-        return make_reference(args)
     device = join_processes(args.device)
     first = is_first()
     try:

@@ -395,9 +395,8 @@ def load_rewards(names, paths={}, device="cpu", dtype=None, vocab=None, random_w
     for name in names:
         make = functools.partial(ClipReward, configs.get(name, CLIP_H), name)
         if name == "imagereward":
-            config = dict(configs.get(name, {}))
-            vocab = config.pop("vocabulary", vocab) or (None if random_weights else fetch(*VOCAB, "--bert_vocab"))
-            make = functools.partial(ImageReward, wordpiece=WordPiece(vocab and local(vocab)), **config)
+            vocab = vocab or (None if random_weights else fetch(*VOCAB, "--bert_vocab"))
+            make = functools.partial(ImageReward, wordpiece=WordPiece(vocab and local(vocab)), **configs.get(name, {}))
         model = load_model(name, make, paths.get(name), random_weights)
         if name == "imagereward" and vocab and len(model.wordpiece.ids) + 2 != model.words.num_embeddings:
             raise UserError(f"{vocab} has {len(model.wordpiece.ids)} pieces, expected "
@@ -417,6 +416,7 @@ def load_judges(spec, weights, paths={}, random_weights=False, **kwargs):
     paths = {**{name: path for name, (path, _) in own.items()}, **{name: path for name, path in paths.items() if path}}
     if own:
         kwargs["configs"], random_weights = {name: config for name, (_, config) in own.items()}, False
+        kwargs["vocab"] = spec.bert_vocab
     return load_rewards(list(weights), paths, random_weights=random_weights, **kwargs)
 
 

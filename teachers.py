@@ -75,6 +75,7 @@ class Spec:
     rounds: bool = False          # pixels become uint8 by rounding, else by truncation, as its authors have it
     files: dict = field(default_factory=dict)
     rewards: dict = field(default_factory=dict)   # a tiny world's own: {name: (file, its sizes)}
+    bert_vocab: str | None = None                 # its imagereward's vocabulary, a file
     record: str = ""              # evaluations of the teacher that ship with it, JSON lines
     noise_scale: float | None = None  # unit of the embedding perturbation; None: the table's root mean square
 
@@ -1441,8 +1442,7 @@ TINY_VQ = dict(widths=(16, 32, 32), blocks=1, latent=8, embed=8, V=64, norm_grou
 TINY_TEXT = dict(width=32, heads=2, depth=2, context=16)
 SHAPES_CLIP = dict(embed_dim=128, vision_cfg=dict(image_size=32, patch_size=4, width=96, layers=3, head_width=32),
                    text_cfg=dict(context_length=16, vocab_size=341, width=64, heads=2, layers=3))
-SHAPES_REWARD = dict(size=32, patch=4, vision=(64, 4, 2), text=(64, 2, 2), mlp=256, vocab=33, positions=16, head=(32, 16),
-                     vocabulary="assets/shapes/words.txt")
+SHAPES_REWARD = dict(size=32, patch=4, vision=(64, 4, 2), text=(64, 2, 2), mlp=256, vocab=33, positions=16, head=(32, 16))
 
 SPECS = {spec.name: spec for spec in (
     Spec("maskbit", MaskBit, dict(classes=1000), BitTokenizer, {}, maskbit_plan,
@@ -1494,8 +1494,9 @@ SPECS = {spec.name: spec for spec in (
          text=dict(width=64, heads=2, depth=3, out=128, vocab=341, context=16, pads_with_bang=True),
          files={"net": (None, "assets/shapes/teacher.safetensors"), "text": (None, "assets/shapes/clip.safetensors"),
                 "tokenizer": (None, "assets/shapes/tokenizer.safetensors")},
-         prompts="assets/shapes/prompts.txt", rewards={"clip": ("assets/shapes/clip.safetensors", SHAPES_CLIP),
-                                                       "imagereward": ("assets/shapes/imagereward.safetensors", SHAPES_REWARD)}),
+         prompts="assets/shapes/prompts.txt", bert_vocab="assets/shapes/words.txt",
+         rewards={"clip": ("assets/shapes/clip.safetensors", SHAPES_CLIP),
+                  "imagereward": ("assets/shapes/imagereward.safetensors", SHAPES_REWARD)}),
     Spec("maskgen-tiny", MaskGen, dict(V=64, L=16, width=64, depth=3, heads=4, text_width=32, micro=16, spare=11),
          TATiTok, dict(V=64, L=16, size=32, patch=8, embed=8, enc=(32, 2, 2), dec=(48, 2, 4), text=16, text_width=32),
          maskgen_plan, {4: dict(guidance=12.0, temperature=2.0)},

@@ -5144,8 +5144,7 @@ def test_a_spoiled_picture_has_patches_of_another_and_half_of_the_pictures_blend
 
 def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss():
     torch.manual_seed(0)
-    config = {k: v for k, v in teachers.SHAPES_REWARD.items() if k != "vocabulary"}
-    model = reward.ImageReward(wordpiece=reward.WordPiece(f"{HERE}/assets/shapes/words.txt"), **config)
+    model = reward.ImageReward(wordpiece=reward.WordPiece(f"{HERE}/assets/shapes/words.txt"), **teachers.SHAPES_REWARD)
     good, worse = (torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
     ids, wrong = (model.tokenize(p) for p in (["a ring", "two rings", "a red cross"], ["a circle", "four rings", "a blue cross"]))
     assert 1 not in ids                                           # [UNK]
@@ -5471,7 +5470,7 @@ def test_whatever_the_flags_the_answer_is_a_result_or_a_sentence(script, tmp_pat
                 evaluate="--random_weights --steps 1 --n 8 --device cpu --teacher",
                 tteo="--ckpt assets/shapes/theta0.safetensors --starts 2 --iterations 1 --device cpu --prompt cat --teacher")[script]
     parser = train.flags()[0] if script == "train" else module.flags()
-    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "make_reference", "real", "n")]
+    flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "real", "n")]
 
     def word(a):
         pool = [*map(str, a.choices), "nope"] if a.choices else words if a.type in (None, str) else numbers

@@ -17,6 +17,8 @@ import zlib
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -68,6 +70,32 @@ def download(root=os.path.join(HERE, "fashion_raw")):
                         f"({type(err).__name__}: {why}); install Debian's package dataset-fashion-mnist, or name a "
                         "folder with the four .gz files by --raw")
     return os.path.join(root, "FashionMNIST", "raw")
+
+
+# ====================================================================================== what judges drawn ones
+class FashionNet(nn.Module):
+    """A small classifier of clothes, (B, 1, 32, 32). Its features see texture: mean and deviation of every map.
+
+    They are standardised over the training set, so that no layer dominates a distance.
+    """
+
+    def __init__(self, widths=(16, 24, 32, 32), strides=(1, 2, 2, 1), classes=10):
+        super().__init__()
+        self.dim, self.classes = 2 * sum(widths), classes
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, s, padding=1, bias=False)
+                                   for a, b, s in zip((1, *widths), widths, strides))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
+        self.standard = nn.BatchNorm1d(self.dim, affine=False)
+        self.head = nn.Linear(self.dim, classes)
+
+    def forward(self, img):
+        h, stats = img, []
+        for conv, norm in zip(self.convs, self.norms):
+            h = F.relu(norm(conv(h)))                            # (B, width, H, W), 32 to 8 px
+            mean = h.mean((2, 3), keepdim=True)                                               # (B, width, 1, 1)
+            stats += [mean[:, :, 0, 0], ((h - mean).square().mean((2, 3)) + 1e-6).sqrt()]
+        features = self.standard(torch.cat(stats, 1))                                         # (B, dim)
+        return features, self.head(features)
 
 
 # ================================================================================================ the tokens

@@ -1,7 +1,8 @@
-"""How the tiny worlds' tokenizers and teachers were made: the published classes, trained at small size on real images.
+"""How fashion's tokenizer, teacher and judge were made: the published classes, trained at small size on real images.
 
     python data/tiny.py --train_tokenizer    # assets/fashion/tokenizer.safetensors, from the photographs
     python data/tiny.py --train_mdm          # assets/fashion/teacher.safetensors, from their tokens
+    python data/tiny.py --train_classifier   # assets/fashion/classifier.safetensors and reference.npz, FID's network
 
 README, "The tiny world", has the settings, times and results. Each file's record lies beside it, as JSON.
 """
@@ -21,7 +22,8 @@ from tqdm import tqdm
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data.fashion import load_images  # noqa: E402
+from data.fashion import FashionNet, load_images  # noqa: E402
+from data.tokens import write_packed  # noqa: E402
 from dimo import mask_ratio  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
 from teachers import SPECS, BitTokenizer, MaskBit, UserError, bits_of, decode_tokens, replacing  # noqa: E402
@@ -130,6 +132,60 @@ def ship(model, path, args, start, report=dict):
     print(json.dumps(record, indent=1))
 
 
+def make_reference(args):
+    """Train FashionNet, then write its weights (float16), the training set's statistics, and a record of both."""
+    import evaluate as ev                             # what the network is for
+    from safetensors.torch import save
+
+    start = time.time()
+    torch.manual_seed(args.seed)
+    img, labels, test, test_labels = (torch.from_numpy(a) for s in ("train", "t10k") for a in load_images(s))
+    net, batch = FashionNet().to(args.device), args.batch
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    bar = tqdm(range(args.steps), "classifier", mininterval=2)
+    for n in bar:
+        epoch, k = divmod(n, len(img) // batch)
+        if k == 0:
+            order = torch.randperm(len(img)).split(batch)
+        decay = (1.01 + 0.99 * math.cos(math.pi * n / args.steps)) / 2
+        opt.param_groups[0]["lr"] = args.lr * min(1, (n + 1) / 100) * decay
+        z = net(img[order[k]].to(args.device).float() / 255)[1]
+        loss = F.cross_entropy(z, labels[order[k]].to(args.device).long())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        if n % 50 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+
+    # The shipped weights are rounded, so the statistics are taken with the rounded ones.
+    state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
+    net.load_state_dict(state)
+    net.eval().requires_grad_(False)
+    features = torch.cat([ev.extract(net, part.to(args.device))[0] for part in img.split(500)])
+    moments = ev.Moments(net.dim, features.double().mean(0), args.device)
+    moments.add(features)
+    mu, sigma = moments.result()
+    some = features[:: len(img) // 5000].half().cpu().numpy()    # (5000, dim)
+    os.makedirs(ev.ASSETS, exist_ok=True)
+    with replacing(os.path.join(ev.ASSETS, "classifier.safetensors")) as f:
+        f.write(save({k: v.cpu().contiguous() for k, v in state.items()}))
+    with replacing(os.path.join(ev.ASSETS, "reference.npz")) as f:
+        write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
+    record = dict(vars(args), seconds=round(time.time() - start), n=len(img), n_features=len(some), dim=net.dim,
+                  parameters=sum(p.numel() for p in net.parameters()))
+
+    # What the metric says of real images it was not made from: the floor of every number here.
+    net, reference = ev.load_extractor(SPECS["maskbit-tiny"], args.device)
+    right = [ev.extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
+    record["test_accuracy"] = (torch.cat(right) == test_labels).double().mean().item()
+    test = test.to(args.device)
+    record["test_images"] = ev.evaluate(lambda i, **_: test[i], torch.arange(len(test), device=args.device), net,
+                                         reference)
+    with open(os.path.join(ev.ASSETS, "reference.json"), "w") as f:
+        json.dump(record, f, indent=1)
+    print(json.dumps(record, indent=1))
+
+
 def make_tiny(args):
     """Train the tiny tokenizer or the tiny teacher, and ship it."""
     torch.manual_seed(args.seed)
@@ -160,6 +216,7 @@ if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--train_tokenizer", action="store_true", help="train the tiny tokenizer on Fashion-MNIST")
     ap.add_argument("--train_mdm", action="store_true", help="train the tiny teacher on the tokens in assets/")
+    ap.add_argument("--train_classifier", action="store_true", help="train FashionNet, and take its statistics of real images")
     ap.add_argument("--steps", type=int, default=6000)
     ap.add_argument("--batch", type=int, default=64)
     ap.add_argument("--lr", type=float, default=2e-3)
@@ -168,9 +225,9 @@ if __name__ == "__main__":
     ap.add_argument("--bf16", action="store_true", help="bfloat16 autocast (fast on CPUs with AMX and on GPUs)")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args()
-    if args.train_tokenizer == args.train_mdm:
-        ap.exit(2, "tiny.py: name one of --train_tokenizer and --train_mdm\n")
+    if args.train_tokenizer + args.train_mdm + args.train_classifier != 1:
+        ap.exit(2, "tiny.py: name one of --train_tokenizer, --train_mdm and --train_classifier\n")
     try:
-        make_tiny(args)
+        (make_reference if args.train_classifier else make_tiny)(args)
     except UserError as err:
         ap.exit(2, f"tiny.py: {err}\n")
