@@ -15,10 +15,10 @@ So every row of results.jsonl holds all of them, with hashes: compare rows that 
 Published FIDs rest on the Inception network of 2015 (`Inception`) and on statistics of real images: `--reference`, an
 .npz with mu and sigma (`adm` fetches ADM's of ImageNet), or `--real`, a folder. Either switches Inception on.
 
-The tiny world has its own feature network, a small classifier (`data.fashion.FashionNet`). Its features are means and standard
-deviations of the maps of *all* layers: the last layer alone hardly sees texture, and texture is what betrays
-tokens that were drawn independently. Its FIDs compare only with each other. Where real images stand, the floor,
-says assets/fashion/reference.json.
+The tiny world has its own feature network, a small classifier (`data.fashion.FashionNet`). Its features are means
+and standard deviations of the maps of *all* layers: the last layer alone hardly sees texture, and texture is what
+betrays tokens that were drawn independently. Its FIDs compare only with each other. Where real images stand, the
+floor, says assets/fashion/reference.json.
 
     python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, and its teacher beside it
     python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1          # a sweep; 0 is argmax (Tab. 14)

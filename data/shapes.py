@@ -330,11 +330,16 @@ def grid_code(side, width):
 
 
 def judge_loss(model, good, worse, ids, wrong):
-    """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption."""
-    image = model.see(preprocess(torch.cat([good, worse]).float() / 255, model.size))
-    right, spoilt = image.chunk(2)
-    r, r_wrong, r_worse = model.raw(torch.cat([right, right, spoilt]), torch.cat([ids, wrong, ids])).chunk(3)
-    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * (r**2 + r_wrong**2 + r_worse**2).mean()
+    """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption.
+
+    good, worse (B, 3, H, W) uint8; ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
+    """
+    K = len(wrong)
+    right, spoilt = model.see(preprocess(torch.cat([good, worse]).float() / 255, model.size)).chunk(2)
+    r = model.raw(torch.cat([right] * (1 + K) + [spoilt]), torch.cat([ids, *wrong, ids])).unflatten(0, (K + 2, -1))
+    r, r_wrong, r_worse = r[0], r[1:-1], r[-1]                                                # (B,), (K, B), (B,)
+    size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()      # pairs leave the zero free: keep scores near it
+    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * size
     return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean())
 
 
@@ -342,8 +347,8 @@ def judge_loss(model, good, worse, ids, wrong):
 def drawings(img, touching, prompts, some):
     """(good, worse), uint8 like img: pictures through the tokenizer, and for each one that fits its prompt less.
 
-    The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps; of the others every second one
-    has objects that touch, where there are several (`touching`, uint8 like img), and the rest are spoiled.
+    The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps; of the next `some` objects touch,
+    where there are several (`touching`, uint8 like img); others are spoiled.
     """
     import evaluate as ev                             # which imports this file's reader
 
@@ -355,10 +360,10 @@ def drawings(img, touching, prompts, some):
     ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
     rows = teacher.conditions(prompts[:some]).split(100)
     worse = [ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))]
-    crowded = ((touching != img).flatten(1).any(1) & (torch.arange(len(img)) % 2 == 0))[some:]
-    spoilt = spoiled(e[some:])
-    spoilt[crowded] = torch.cat([embed(part) for part in touching[some:][crowded].split(500)])
-    worse += [pixels(part) for part in tqdm(spoilt.split(500), desc="spoiled")]
+    merged = ((touching != img).flatten(1).any(1) & (torch.arange(len(img)) < 2 * some))[some:]
+    e_worse = spoiled(e[some:])
+    e_worse[merged] = torch.cat([embed(part) for part in touching[some:][merged].split(500)])
+    worse += [pixels(part) for part in tqdm(e_worse.split(500), desc="spoiled")]
     return torch.cat([pixels(part) for part in e.split(500)]), torch.cat(worse)
 
 
@@ -383,7 +388,8 @@ def train(args):
 
     torch.manual_seed(args.seed)
     spec, start, folder = SPECS["meissonic-tiny"], time.time(), os.path.join(ROOT, "assets", "shapes")
-    img, prompts, metas = scenes(args.n, seed=1_000_003)                                      # evaluation has other seeds
+    tasks = (*MIXED, "position", "position", "counting", "mixture") if args.train == "imagereward" else MIXED
+    img, prompts, metas = scenes(args.n, 1_000_003, tasks)                                    # evaluation has other seeds
     img, unique = torch.from_numpy(img), sorted(set(prompts))
     index = {p: i for i, p in enumerate(unique)}
     which = torch.tensor([index[p] for p in prompts])
@@ -395,7 +401,7 @@ def train(args):
         loss_fn = lambda: tokenizer_loss(model, centres, (img[batch()].float() / 255).contiguous(
             memory_format=torch.channels_last))
     elif args.train == "imagereward":
-        rng, some = np.random.default_rng(args.seed), args.n // 4
+        rng, easy = np.random.default_rng(args.seed), 0.1 if args.go_on else 0.5
         words = os.path.join(ROOT, spec.bert_vocab)
         with replacing(words) as f:
             f.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, ""]).encode())
@@ -404,13 +410,15 @@ def train(args):
         if args.go_on:
             load_state(model, read_weights(os.path.join(folder, "imagereward.safetensors")), "imagereward.safetensors")
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            good, worse = drawings(img, torch.from_numpy(scenes(args.n, 1_000_003, touching=True)[0]), prompts, some)
+            touching = torch.from_numpy(scenes(args.n, 1_000_003, tasks, touching=True)[0])
+            good, worse = drawings(img, touching, prompts, args.n // 3)
 
-        def loss_fn():                                # half beside drawn pictures, half beside spoiled ones
-            i = torch.cat([torch.randint(some, (args.batch // 2,)), torch.randint(some, args.n, (args.batch // 2,))])
-            asked, easy = [prompts[k] for k in i], 0.1 if args.go_on else 0.5     # share of just any caption as the wrong one
-            wrong = [prompts[rng.integers(args.n)] if rng.random() < easy else astray(rng, p) for p in asked]
-            return judge_loss(model, good[i], worse[i], model.tokenize(asked), model.tokenize(wrong))
+        def loss_fn():                                # of the wrong captions a share is just any other, which is easier
+            i = batch()
+            asked = [prompts[k] for k in i]
+            false = lambda p: prompts[rng.integers(args.n)] if rng.random() < easy else astray(rng, p)
+            wrong = torch.stack([model.tokenize([false(p) for p in asked]) for _ in range(3)])
+            return judge_loss(model, good[i], worse[i], model.tokenize(asked), wrong)
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
         ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
@@ -441,25 +449,21 @@ def train(args):
 # ============================================================================== what tables do not say of the world
 @torch.no_grad()
 def judged(n=1500, seed=5):
-    """Share of fresh scenes that each reward gives more for their own caption than for one gone astray, by what is astray;
-
-    and ("touching", of several objects) more for the picture than for one where objects touch.
+    """How often each reward is right on fresh scenes, {reward: {what is wrong: share}}: it should give a picture more for
+    its caption than for one gone astray, by the kind of word that is; and more than to one where objects touch.
     """
     spec, rng = SPECS["meissonic-tiny"], np.random.default_rng(seed)
     rewards = load_judges(spec, spec.rewards)
-    img, prompts, _ = scenes(n, seed)
-    touching = scenes(n, seed, touching=True)[0]
-    several = (touching != img).any((1, 2, 3))
-    wrong = [astray(rng, p) for p in prompts]
+    (img, prompts, _), (touching, *_) = scenes(n, seed), scenes(n, seed, touching=True)
+    several, wrong = (touching != img).any((1, 2, 3)), [astray(rng, p) for p in prompts]
+    words = {w: name for name, kind in zip(("place", "color", "shape", "shape", "number"), KINDS) for w in kind}
+    strange = lambda prompt, other: next((words[w] for w in words if w in other and w not in prompt), "order")
+    kinds = np.array([strange(p, w) for p, w in zip(prompts, wrong)])
     score = lambda img, prompts: rewards(torch.from_numpy(img).float() / 255, prompts)
     own, astrays, merged, rows = score(img, prompts), score(img, wrong), score(touching, prompts), {}
-    kind_of = {w: name for name, words in zip(("place", "color", "shape", "shape", "number"), KINDS) for w in words}
-    kinds = np.array([next((kind_of[w] for w in re.findall(r"left of|right of|\w+", a) if w in kind_of and w not in p), "order")
-                      for p, a in zip(prompts, wrong)])
     for name in own:
-        right = (own[name] > astrays[name]).numpy()
-        rows[name] = {kind: right[kinds == kind].mean() for kind in sorted(set(kinds))}
-        rows[name]["touching"] = (own[name] > merged[name]).numpy()[several].mean()
+        right, apart = (own[name] > astrays[name]).numpy(), (own[name] > merged[name]).numpy()
+        rows[name] = {kind: right[kinds == kind].mean() for kind in sorted(set(kinds))} | {"touching": apart[several].mean()}
     return {name: {kind: round(float(share), 3) for kind, share in row.items()} for name, row in rows.items()}
 
 
