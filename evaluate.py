@@ -937,8 +937,6 @@ def flags():
     add = ap.add_argument_group("system").add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add("--bf16", action="store_true", help="networks in bfloat16; decoder and features stay in float32")
-
-    add = ap.add_argument_group("the tiny world's metric").add_argument
     return ap
 
 

@@ -41,8 +41,8 @@ from data.tiny import fit, pixel_loss, ship  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from reward import ImageReward, WordPiece, load_judges, preprocess  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import (SHAPES_CLIP, SHAPES_REWARD, SPECS, UserError, build, clip_ids, load_state, load_student, load_teacher,  # noqa: E402
-                      read_weights, replacing)
+from teachers import (SHAPES_CLIP, SHAPES_REWARD, SPECS, UserError, build, clip_ids, load_state,  # noqa: E402
+                      load_student, load_teacher, read_weights, replacing)
 
 SIZE, FINE = 32, 8                                    # pixels a side; drawn FINE times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
@@ -121,16 +121,16 @@ def place(rng, n, relation=None, touching=False):
     All are multiples of UNIT, so that a shape is one of few sets of tokens: a teacher learns to draw it in minutes.
     touching: no gap between an object and one before it, so that a detector sees fewer.
     """
-    apart = lambda a, b, gap: any(p + a[2] + gap <= q or q + b[2] + gap <= p for p, q in zip(a[:2], b[:2]))
+    gap = lambda a, b: max(max(q - p - a[2], p - q - b[2]) for p, q in zip(a[:2], b[:2]))     # in units; negative: overlap
     cells = SIZE // UNIT
     while n:
         boxes = []
         for _ in range(60):
             side = int(rng.choice(SIDES[n]))
             x, y = rng.integers(0, cells - side + 1, 2).tolist()
-            if all(apart((x, y, side), b, 1 - touching) for b in boxes):
-                if not (boxes and touching and all(apart((x, y, side), b, 1) for b in boxes)):
-                    boxes.append((x, y, side))
+            nearest = min((gap((x, y, side), b) for b in boxes), default=None)
+            if nearest is None or (nearest == 0 if touching else nearest >= 1):
+                boxes.append((x, y, side))
             if len(boxes) == n:
                 break
         if len(boxes) == n and (relation is None or stands(boxes[1], boxes[0], RELATIONS[relation])):
