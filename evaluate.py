@@ -67,14 +67,14 @@ from data.benchmarks import (BENCHMARKS, RANDOM, expect_text, geneval_folder, ge
 from data.fashion import FashionNet, load_images
 from data.inception import INCEPTION, RESIZES, Inception, download, load_inception
 from data.prompts import read_prompts
+from data.weights import ROOT, UserError, fingerprint, load_state, read_weights, replacing
 from dimo import initial_tokens, student_logits
 from reward import load_judges
 from soft_embed import embed_tokens, sample_tokens
-from teachers import (HERE, SPECS, UserError, decode_tokens, fingerprint, load_state, load_student, load_teacher,
-                      read_weights, replacing)
+from teachers import SPECS, decode_tokens, load_student, load_teacher
 from tteo import now
 
-ASSETS = os.path.join(HERE, "assets", "fashion")
+ASSETS = os.path.join(ROOT, "assets", "fashion")
 
 
 # ================================================================================================= metrics

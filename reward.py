@@ -41,8 +41,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
+from data.weights import UserError, fetch, load_state, local, read_weights, renames
 from soft_embed import soft_embed
-from teachers import PreNormBlock, UserError, clip_ids, fetch, load_state, local, read_weights, renames
+from teachers import PreNormBlock, clip_ids
 
 
 # ------------------------------------------------------------------------ pixels
@@ -416,7 +417,7 @@ def load_judges(spec, weights, paths={}, random_weights=False, **kwargs):
     paths = {**{name: path for name, (path, _) in own.items()}, **{name: path for name, path in paths.items() if path}}
     if own:
         kwargs["configs"], random_weights = {name: config for name, (_, config) in own.items()}, False
-        kwargs["vocab"] = spec.bert_vocab
+        kwargs["vocab"] = kwargs.get("vocab") or spec.bert_vocab
     return load_rewards(list(weights), paths, random_weights=random_weights, **kwargs)
 
 

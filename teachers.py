@@ -28,16 +28,11 @@ Student, auxiliary and EMA are further instances of the teacher's `net`. Read th
 """
 
 import argparse
-import contextlib
 import copy
 import functools
-import hashlib
-import itertools
 import json
 import math
 import os
-import re
-import zipfile
 from dataclasses import dataclass, field
 from typing import Callable, NamedTuple
 
@@ -46,14 +41,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.weights import UserError, fetch, load_state, local, read_weights, renames
+from data.weights import UserError, fetch, load_state, local, read_weights, renames
 from dimo import exact_mask, guided_logits, mask_ratio, perturb
 from soft_embed import embed_tokens, sample_tokens
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-class UserError(Exception):
-    """Something the user can mend. Scripts print its sentence and exit with 2, without a stack trace."""
 
 
 @dataclass
@@ -184,20 +175,6 @@ class Network(nn.Module):
     def at(self, cond, t):
         """The condition with the sampler's time in it; most teachers see from the masks how far they are."""
         return cond
-
-
-def renames(text):
-    """Pairs "theirs ours" as rules that lead from published names to those here.
-
-    * is a number; .x holds anywhere, x at the start. ours#i is part i of a packed tensor; ours^T is stored transposed
-    (see `published_state`).
-    """
-    words, rules = text.split(), []
-    for theirs, ours in zip(words[::2], words[1::2]):
-        numbers = itertools.count(1)
-        rules.append(("^" * (theirs[0] != ".") + re.escape(theirs).replace(r"\*", r"(\d+)"),
-                      re.sub(r"\*", lambda _: rf"\{next(numbers)}", ours)))
-    return rules
 
 
 class RMSNorm(nn.RMSNorm):
@@ -1190,155 +1167,6 @@ def decode_tokens(tokenizer, x, cond=()):
 
 # =============================================================================================== loading
 FLAGS = {"net": "--teacher_weights", "tokenizer": "--tokenizer_weights", "text": "--text_weights"}
-FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}               # as hubs lay models out
-NAMES = tuple(f"{stem}.{kind}" for stem in ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
-              "open_clip_pytorch_model") for kind in ("safetensors", "fp16.safetensors", "bin"))
-
-
-def published_state(state, module):
-    """(a published state dict with this module's names, prefixes and known extras dropped; what is wrong in itself).
-
-    In `published_names`, name#i is row block i of a packed tensor, name^T is stored transposed. 1x1 convolutions
-    become the matrices they are. Two keys for one tensor (a tied output layer) must hold the same numbers.
-    """
-    own, out, parts, complaints = module.state_dict(), {}, {}, []
-    for original, tensor in state.items():
-        key = re.sub(r"^((module|_orig_mod)\.)+", "", original)
-        if re.match(getattr(module, "published_extras", r"$^"), key):
-            continue
-        for pattern, name in getattr(module, "published_names", ()):
-            key = re.sub(pattern, name, key)
-        if key.endswith("^T"):
-            key, tensor = key[:-2], tensor.T
-        if (part := re.search(r"#(\d)", key)) and isinstance(tensor, torch.Tensor):
-            parts.setdefault(re.sub(r"#\d", "", key), {})[int(part[1])] = tensor
-            continue
-        if key in own and own[key].ndim == 2 and getattr(tensor, "ndim", 0) == 4 and tensor.shape[2:] == (1, 1):
-            tensor = tensor.flatten(1)
-        if key in out and not tensor.is_meta and not torch.equal(out[key], tensor):
-            complaints.append(f"two different tensors for {key}, one of them {original}")
-        out[key] = tensor
-    for key, rows in parts.items():
-        if missing := {0, 1, 2} - rows.keys():
-            complaints.append(f"part {', '.join('qkv'[i] for i in sorted(missing))} of {key} missing")
-            rows |= {i: torch.empty_like(next(iter(rows.values()))) for i in missing}         # said once, enough
-        if len({t.shape[1:] for t in rows.values()}) == 1:
-            out[key] = torch.cat([rows[i].flatten(1) if rows[i].ndim == 4 else rows[i] for i in sorted(rows)])
-    return out, complaints
-
-
-def load_state(module, state, source):
-    """Copy a state dict into a module, strictly; a UserError names what is missing, unexpected, or of another shape.
-
-    Float16 and bfloat16 tensors become the module's own dtype. `source` is how messages call the file.
-    """
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and not isinstance(state.get(wrapper, 0), (int, torch.Tensor)):
-            state = state[wrapper]
-    if not isinstance(state, dict):
-        raise UserError(f"{source}: expected a dict of tensors, got {type(state).__name__}")
-    (state, complaints), own = published_state(state, module), module.state_dict()
-    few = lambda names: ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    shape = lambda t: tuple(getattr(t, "shape", ()))
-    misshapen = {k: shape(state[k]) for k in own.keys() & state.keys() if shape(own[k]) != shape(state[k])}
-    if missing := own.keys() - state.keys():
-        complaints.append(f"missing {few(missing)}")
-    if unexpected := state.keys() - own.keys():
-        complaints.append(f"unexpected {few(unexpected)}")
-    if misshapen:
-        complaints.append("of another shape "
-                          + few([f"{k} {v} instead of {shape(own[k])}" for k, v in misshapen.items()]))
-    if complaints:
-        raise UserError(f"{source} does not fit {type(module).__name__}: " + "; ".join(complaints)
-                        + ". Is it another teacher's file, or another size?")
-    module.load_state_dict(state)
-    return module
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write, which takes the name `path` only when all of it is on the disk: no kill leaves half a file."""
-    with open(path + ".tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def fingerprint(arrays):
-    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: files may have been renamed."""
-    if isinstance(arrays, nn.Module):
-        arrays = arrays.state_dict().values()
-    digest = hashlib.sha256()
-    for a in arrays:
-        digest.update(torch.as_tensor(a).detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def local(path):
-    """A path as given, or, where it does not exist, relative to this repository: so shipped files are found."""
-    return path if os.path.exists(path) else os.path.join(HERE, path)
-
-
-class Inert:
-    """Stands for what else a pickle mentions, such as an old trainer's callbacks: takes anything, does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil", "socket", "runpy")
-
-
-def read_weights(path, role="net"):
-    """The state dict in a .safetensors or torch file, or in a hub's folder of such, memory-mapped, on the CPU.
-
-    Nothing that the file contains is executed: torch's weights-only reader sees to that, and classes that it does
-    not know (the published VQGAN's file refers to a trainer's callbacks) are replaced by an inert one.
-    """
-    if os.path.isdir(path):
-        found = [p for folder in ("", FOLDERS[role]) for name in NAMES
-                 if os.path.isfile(p := os.path.join(path, folder, name))]
-        if not found:
-            raise UserError(f"no weights in the folder {path}, nor in its {FOLDERS[role]}/: expected one of "
-                            f"{', '.join(NAMES[:4])}, ...")
-        path = found[0]
-    if not os.path.isfile(path):
-        raise UserError(f"no weights at {path}: expected a .safetensors or torch file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
-        if not zipfile.is_zipfile(path):                          # before torch 1.6: cannot be mapped nor looked into
-            return load()
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if code := [name for name in unknown if name.split(".")[0] in DANGEROUS]:
-            raise ValueError(f"it asks to run {code[0]}: not a file of weights")
-        with torch.serialization.safe_globals([(type(name.split(".")[-1], (Inert,), {}), name) for name in unknown]):
-            return load(mmap=True)
-    except Exception as err:       # truncated, not a checkpoint at all, or a pickle of more than tensors
-        why = f"{type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}"
-        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: fetch or write it again")
-
-
-def fetch(repo, name, flag):
-    """The local path of a published file: from this repository's assets (repo None), else from the hub."""
-    if repo is None:
-        if not os.path.exists(local(name)):
-            raise UserError(f"{name} does not ship with this version: make it (README), name a file of your own by {flag} "
-                            "PATH, or add --random_weights to try the code")
-        return local(name)
-    try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(repo, name)
-    except Exception as err:
-        raise UserError(f"cannot download {name} from the Hugging Face hub, repository {repo} "
-                        f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by {flag} PATH; "
-                        "or try sizes and speed with --random_weights")
 
 
 def source(spec, role, path=None):
@@ -1574,7 +1402,7 @@ def check(args):
 
 
 if __name__ == "__main__":
-    from teachers import SPECS, UserError, check      # this file under the name by which data/imagenet.py knows it
+    from teachers import SPECS, check                 # this file under the name by which data/imagenet.py knows it
 
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--check", required=True, metavar="NAME", choices=SPECS, help=f"one of {', '.join(SPECS)}")

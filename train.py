@@ -34,12 +34,12 @@ from tqdm import tqdm
 import evaluate as ev
 from data.prompts import read_prompts
 from data.tokens import RealTokens, TextFeatures, synthetic_prompts
-from dimo import (SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
-                  student_logits)
+from data.weights import UserError, load_state, local, read_weights, replacing
+from dimo import SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio, student_logits
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
 from reward import REWARDS, SEED, load_judges, mix, reward_grad
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
-from teachers import SPECS, UserError, load_state, load_teacher, local, read_weights, replacing
+from teachers import SPECS, load_teacher
 
 # ============================================================================================ settings
 # Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).

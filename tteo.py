@@ -36,9 +36,10 @@ from typing import NamedTuple
 
 import torch
 
+from data.weights import UserError, fingerprint
 from dimo import initial_tokens
 from soft_embed import embed_tokens, soft_embed
-from teachers import UserError, fingerprint, load_student, load_teacher
+from teachers import load_student, load_teacher
 
 
 # --------------------------------------------------------------------------------------------- the loop
@@ -246,12 +247,14 @@ def benchmark(args, teacher, net, rewards, loss_of, start, sgd, batch=20):
             seconds["all"] += found.seconds
         return ev.to_bytes(found.img, teacher.spec)
 
-    def seconds_of(k):
-        draw(conditions[:batch], args.starts, k, torch.Generator(args.device), seconds := Counter())
+    def seconds_of(n, k):
+        draw(conditions[:batch], n, k, torch.Generator(args.device), seconds := Counter())
         return seconds["all"]
 
-    seconds_of(2)                                                 # untimed: the first pass of anything is slow
-    many = max(1, round(args.starts * seconds_of(args.iterations) / seconds_of(1)))
+    seconds_of(args.starts, 2)                                    # untimed: the first pass of anything is slow
+    goal = seconds_of(args.starts, args.iterations)
+    many = max(1, round(args.starts * goal / seconds_of(args.starts, 1)))
+    many = max(1, round(many * goal / seconds_of(many, 1)))       # a start may cost more among many
     for name, n, k in (("1 start", 1, 1), (f"TTEO, {args.starts} starts x {args.iterations}", args.starts, args.iterations),
                        (f"best of {many}", many, 1)):
         make_images = functools.partial(draw, n=n, k=k)

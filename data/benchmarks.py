@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from data.inception import coco_crop
 from data.prompts import read_prompts
+from data.weights import UserError, fingerprint
 from reward import CLIP_G, CLIP_H, CLIP_L, ClipReward, load_model, preprocess_longest, preprocess_pil
-from teachers import SPECS, UserError, byte_pairs, fingerprint
+from teachers import SPECS, byte_pairs
 
 # ============================================================================================ GenEval: the rules
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

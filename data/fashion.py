@@ -24,7 +24,7 @@ from tqdm import tqdm
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from data.tokens import describe, load_tokenizer, token_dtype, write_folder, write_packed  # noqa: E402
-from teachers import UserError, replacing  # noqa: E402
+from data.weights import UserError, replacing  # noqa: E402
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")

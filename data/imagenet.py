@@ -34,7 +34,8 @@ from tqdm import tqdm
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from data.tokens import describe, load_tokenizer, token_dtype  # noqa: E402
-from teachers import SPECS, UserError, replacing  # noqa: E402
+from data.weights import UserError, replacing  # noqa: E402
+from teachers import SPECS  # noqa: E402
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAYS = ("tokens.npy", "labels.npy")

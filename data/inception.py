@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from teachers import UserError, load_state, read_weights
+from data.weights import UserError, load_state, read_weights
 
 RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")       # clean-fid's names; ADM's ImageNet has the first
 

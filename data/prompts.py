@@ -35,9 +35,10 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from data.tokens import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
 from data.imagenet import SUFFIXES, variants  # noqa: E402
-from teachers import SPECS, UserError, local, replacing  # noqa: E402
+from data.tokens import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
+from data.weights import UserError, local, replacing  # noqa: E402
+from teachers import SPECS  # noqa: E402
 
 CAPTIONS = ("caption", "TEXT", "text", "prompt")
 SCORES = ("AESTHETIC_SCORE", "aesthetic", "aesthetic_score")

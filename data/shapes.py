@@ -38,11 +38,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from data.benchmarks import TASKS, geneval_table, verdict  # noqa: E402
 from data.tiny import fit, pixel_loss, ship  # noqa: E402
+from data.weights import UserError, load_state, read_weights, replacing  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from reward import ImageReward, WordPiece, load_judges, preprocess  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import (SHAPES_CLIP, SHAPES_REWARD, SPECS, UserError, build, clip_ids, load_state,  # noqa: E402
-                      load_student, load_teacher, read_weights, replacing)
+from teachers import SHAPES_CLIP, SHAPES_REWARD, SPECS, build, clip_ids, load_student, load_teacher  # noqa: E402
 
 SIZE, FINE = 32, 8                                    # pixels a side; drawn FINE times larger, then reduced
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
@@ -178,12 +178,16 @@ def render(rng, objects, relation=None, touching=False):
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
-def scenes(n, seed=0, tasks=MIXED, touching=False):
-    """n scenes of random tasks: (pictures uint8 (n, 3, SIZE, SIZE), prompts, metadata). touching changes pictures only."""
+def scenes(n, seed=0, tasks=MIXED, touching=False, again=0):
+    """n scenes of random tasks: (pictures uint8 (n, 3, SIZE, SIZE), prompts, metadata).
+
+    touching changes pictures only, as does another number `again`: the same captions, drawn anew.
+    """
     img, prompts, metas = np.empty((n, 3, SIZE, SIZE), np.uint8), [], []
     for i in range(n):
         rng = np.random.default_rng([seed, i])        # a picture depends on (seed, i) alone
         prompt, meta, objects, relation = caption(rng, str(rng.choice(tasks)))
+        rng = np.random.default_rng([seed, i, again]) if again else rng
         img[i] = render(rng, objects, relation, touching).transpose(2, 0, 1)
         prompts.append(prompt)
         metas.append(meta)
@@ -329,23 +333,28 @@ def grid_code(side, width):
     return torch.cat([code.repeat(side, 1), code.repeat_interleave(side, 0)], 1)
 
 
-def judge_loss(model, good, worse, ids, wrong):
+def judge_loss(model, good, twin, worse, ids, wrong):
     """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption.
 
-    good, worse (B, 3, H, W) uint8; ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
+    good, twin, worse (B, 3, H, W) uint8; ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
+    # choice: a tie, half a vote for each, between two pictures that fit one caption. Pairs say nothing of how these
+    # compare, and left alone a judge has a taste: scores of pictures of a caption differed by 2.1 (standard deviation),
+    # of captions by 0.8, and the student drew each prompt in the one way that the judge likes best.
     """
     K = len(wrong)
-    right, spoilt = model.see(preprocess(torch.cat([good, worse]).float() / 255, model.size)).chunk(2)
-    r = model.raw(torch.cat([right] * (1 + K) + [spoilt]), torch.cat([ids, *wrong, ids])).unflatten(0, (K + 2, -1))
-    r, r_wrong, r_worse = r[0], r[1:-1], r[-1]                                                # (B,), (K, B), (B,)
+    seen = model.see(preprocess(torch.cat([good, twin, worse]).float() / 255, model.size)).chunk(3)
+    r = model.raw(torch.cat([*seen, *[seen[0]] * K]), torch.cat([ids] * 3 + [*wrong])).unflatten(0, (3 + K, -1))
+    r, r_twin, r_worse, r_wrong = r[0], r[1], r[2], r[3:]                                     # (B,), (B,), (B,), (K, B)
     size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()      # pairs leave the zero free: keep scores near it
-    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * size
-    return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean())
+    tie = (F.softplus(r - r_twin) + F.softplus(r_twin - r)).mean() / 2
+    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + tie + 1e-3 * size
+    return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean(),
+                      taste=(r - r_twin).detach().std())
 
 
 @torch.no_grad()
-def drawings(img, touching, prompts, some):
-    """(good, worse), uint8 like img: pictures through the tokenizer, and for each one that fits its prompt less.
+def drawings(img, twin, touching, prompts, some):
+    """(good, twin, worse), uint8 like img: two pictures through the tokenizer, and one that fits the prompt less.
 
     The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps; of the next `some` objects touch,
     where there are several (`touching`, uint8 like img); others are spoiled.
@@ -355,7 +364,7 @@ def drawings(img, touching, prompts, some):
     teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", "meissonic-tiny")
     pixels = lambda e: ev.to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
     embed = lambda img: embed_tokens(teacher.tokenizer.encode(img.float() / 255), *teacher.tokenizer.tables())
-    e = torch.cat([embed(part) for part in tqdm(img.split(500), desc="tokens")])
+    e, e_twin = (torch.cat([embed(part) for part in tqdm(x.split(500), desc="tokens")]) for x in (img, twin))
     ways = [functools.partial(ev.generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
     ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
     rows = teacher.conditions(prompts[:some]).split(100)
@@ -364,7 +373,7 @@ def drawings(img, touching, prompts, some):
     e_worse = spoiled(e[some:])
     e_worse[merged] = torch.cat([embed(part) for part in touching[some:][merged].split(500)])
     worse += [pixels(part) for part in tqdm(e_worse.split(500), desc="spoiled")]
-    return torch.cat([pixels(part) for part in e.split(500)]), torch.cat(worse)
+    return *(torch.cat([pixels(part) for part in x.split(500)]) for x in (e, e_twin)), torch.cat(worse)
 
 
 def teacher_loss(net, x, cond):
@@ -410,15 +419,16 @@ def train(args):
         if args.go_on:
             load_state(model, read_weights(os.path.join(folder, "imagereward.safetensors")), "imagereward.safetensors")
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            touching = torch.from_numpy(scenes(args.n, 1_000_003, tasks, touching=True)[0])
-            good, worse = drawings(img, touching, prompts, args.n // 3)
+            twin, touching = (torch.from_numpy(scenes(args.n, 1_000_003, tasks, **kind)[0])
+                              for kind in (dict(again=1), dict(touching=True)))
+            good, twin, worse = drawings(img, twin, touching, prompts, args.n // 3)
 
         def loss_fn():                                # of the wrong captions a share is just any other, which is easier
             i = batch()
             asked = [prompts[k] for k in i]
             false = lambda p: prompts[rng.integers(args.n)] if rng.random() < easy else astray(rng, p)
             wrong = torch.stack([model.tokenize([false(p) for p in asked]) for _ in range(3)])
-            return judge_loss(model, good[i], worse[i], model.tokenize(asked), wrong)
+            return judge_loss(model, good[i], twin[i], worse[i], model.tokenize(asked), wrong)
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
         ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
@@ -451,19 +461,24 @@ def train(args):
 def judged(n=1500, seed=5):
     """How often each reward is right on fresh scenes, {reward: {what is wrong: share}}: it should give a picture more for
     its caption than for one gone astray, by the kind of word that is; and more than to one where objects touch.
+
+    "taste" should be low: the standard deviation over pictures that fit a caption, by that over all (picture, caption).
     """
     spec, rng = SPECS["meissonic-tiny"], np.random.default_rng(seed)
     rewards = load_judges(spec, spec.rewards)
-    (img, prompts, _), (touching, *_) = scenes(n, seed), scenes(n, seed, touching=True)
+    (img, prompts, _), (touching, *_), (twin, *_) = scenes(n, seed), scenes(n, seed, touching=True), scenes(n, seed, again=1)
     several, wrong = (touching != img).any((1, 2, 3)), [astray(rng, p) for p in prompts]
     words = {w: name for name, kind in zip(("place", "color", "shape", "shape", "number"), KINDS) for w in kind}
     strange = lambda prompt, other: next((words[w] for w in words if w in other and w not in prompt), "order")
     kinds = np.array([strange(p, w) for p, w in zip(prompts, wrong)])
     score = lambda img, prompts: rewards(torch.from_numpy(img).float() / 255, prompts)
-    own, astrays, merged, rows = score(img, prompts), score(img, wrong), score(touching, prompts), {}
+    own, astrays, merged = score(img, prompts), score(img, wrong), score(touching, prompts)
+    other, rows = score(twin, prompts), {}
     for name in own:
         right, apart = (own[name] > astrays[name]).numpy(), (own[name] > merged[name]).numpy()
-        rows[name] = {kind: right[kinds == kind].mean() for kind in sorted(set(kinds))} | {"touching": apart[several].mean()}
+        taste = (own[name] - other[name]).std() / 2**0.5 / torch.cat([own[name], astrays[name]]).std()
+        rows[name] = {kind: right[kinds == kind].mean() for kind in sorted(set(kinds))}
+        rows[name] |= {"touching": apart[several].mean(), "taste": taste}
     return {name: {kind: round(float(share), 3) for kind, share in row.items()} for name, row in rows.items()}
 
 

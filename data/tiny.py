@@ -24,9 +24,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from data.fashion import FashionNet, load_images  # noqa: E402
 from data.tokens import write_packed  # noqa: E402
+from data.weights import UserError, replacing  # noqa: E402
 from dimo import mask_ratio  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import SPECS, BitTokenizer, MaskBit, UserError, bits_of, decode_tokens, replacing  # noqa: E402
+from teachers import SPECS, BitTokenizer, MaskBit, bits_of, decode_tokens  # noqa: E402
 
 
 def fit(model, loss_fn, steps, lr, betas=(0.9, 0.99), weight_decay=0.01, ema_decay=0.999, bf16=False, muon=False):
@@ -118,16 +119,16 @@ def codebook_report(tok, img):
                 perplexity=math.exp(-(p * (p + 1e-12).log()).sum()))
 
 
-def ship(model, path, args, start, report=dict):
+def ship(model, path, args, start, report=dict, record_as=None):
     """Write a module as float16 safetensors, and how it was made beside it, as JSON; report() adds what it came to."""
     from safetensors.torch import save
 
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with replacing(path) as f:
-        f.write(save({k: v.half().contiguous() for k, v in model.state_dict().items()}))
+        f.write(save({k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}))
     record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
     record.update(report())
-    with replacing(path.replace(".safetensors", ".json")) as f:
+    with replacing(record_as or path.replace(".safetensors", ".json")) as f:
         f.write(json.dumps(record, indent=1).encode())
     print(json.dumps(record, indent=1))
 
@@ -135,8 +136,6 @@ def ship(model, path, args, start, report=dict):
 def make_reference(args):
     """Train FashionNet, then write its weights (float16), the training set's statistics, and a record of both."""
     import evaluate as ev                             # what the network is for
-    from safetensors.torch import save
-
     start = time.time()
     torch.manual_seed(args.seed)
     img, labels, test, test_labels = (torch.from_numpy(a) for s in ("train", "t10k") for a in load_images(s))
@@ -167,23 +166,19 @@ def make_reference(args):
     mu, sigma = moments.result()
     some = features[:: len(img) // 5000].half().cpu().numpy()    # (5000, dim)
     os.makedirs(ev.ASSETS, exist_ok=True)
-    with replacing(os.path.join(ev.ASSETS, "classifier.safetensors")) as f:
-        f.write(save({k: v.cpu().contiguous() for k, v in state.items()}))
     with replacing(os.path.join(ev.ASSETS, "reference.npz")) as f:
         write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
-    record = dict(vars(args), seconds=round(time.time() - start), n=len(img), n_features=len(some), dim=net.dim,
-                  parameters=sum(p.numel() for p in net.parameters()))
 
-    # What the metric says of real images it was not made from: the floor of every number here.
-    net, reference = ev.load_extractor(SPECS["maskbit-tiny"], args.device)
-    right = [ev.extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
-    record["test_accuracy"] = (torch.cat(right) == test_labels).double().mean().item()
-    test = test.to(args.device)
-    record["test_images"] = ev.evaluate(lambda i, **_: test[i], torch.arange(len(test), device=args.device), net,
-                                         reference)
-    with open(os.path.join(ev.ASSETS, "reference.json"), "w") as f:
-        json.dump(record, f, indent=1)
-    print(json.dumps(record, indent=1))
+    def report():                  # what the metric says of real images it was not made from: the floor of every number here
+        net, reference = ev.load_extractor(SPECS["maskbit-tiny"], args.device)
+        right = [ev.extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
+        shown, rows = test.to(args.device), torch.arange(len(test), device=args.device)
+        return dict(n=len(img), n_features=len(some), dim=net.dim,
+                    test_accuracy=(torch.cat(right) == test_labels).double().mean().item(),
+                    test_images=ev.evaluate(lambda i, **_: shown[i], rows, net, reference))
+
+    ship(net, os.path.join(ev.ASSETS, "classifier.safetensors"), args, start, report,
+         os.path.join(ev.ASSETS, "reference.json"))
 
 
 def make_tiny(args):

@@ -18,7 +18,8 @@ import zipfile
 import numpy as np
 import torch
 
-from teachers import SPECS, UserError, build, fingerprint, local, replacing
+from data.weights import UserError, fingerprint, local, replacing
+from teachers import SPECS, build
 
 
 # ===================================================================================================== writing
