@@ -162,6 +162,7 @@ def flags():
     add(g, "rewards", SEED, "which, and how they are mixed", type=mix, metavar="NAME=W,NAME=W")
     add(g, "reward_start", 0, "steps before the reward term joins the student's loss")
     add(g, "reward_chunk", 1, "images decoded and judged at a time")
+    add(g, "clip_reward", 0.0, "largest norm of one image's reward gradient at its logits, times --w_reward; 0: no limit")
     for name in REWARDS:
         add(g, f"{name}_weights", None, "local file instead of the published one", type=str)
     add(g, "bert_vocab", None, "local file instead of the published one, for imagereward", type=str)
@@ -211,7 +212,7 @@ def settle(given, defaults):
         if not getattr(c, key) > 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected a number above 0")
     for key in ("w_dimo", "w_gan", "noise", "init_ratio", "smoothing", "ema", "dropout", "soft_target", "feature_noise",
-                "w_reward", "reward_start", "gan_start", "student_start", "warmup", "eval_every",
+                "w_reward", "clip_reward", "reward_start", "gan_start", "student_start", "warmup", "eval_every",
                 "n_eval", "weight_decay", "lr_end", "temperature", "profile"):
         if not getattr(c, key) >= 0:
             raise UserError(f"--{key} {getattr(c, key)}: expected 0 or more")
@@ -707,7 +708,8 @@ def train(c):
                 mark("GAN gradient")
             if learning and reward_on:
                 asked = [prompts[i] for i in r.which.tolist()]
-                g, scores = reward_grad(r.z, teacher.tokenizer, cond, rewards, asked, c.rewards, chunk=c.reward_chunk)
+                g, scores = reward_grad(r.z, teacher.tokenizer, cond, rewards, asked, c.rewards,
+                                        chunk=c.reward_chunk, clip=c.clip_reward)
                 terms["reward"] = c.w_reward / c.accum * g                                    # l. 16
                 mark("reward gradient")
             if learning:

@@ -353,27 +353,33 @@ def judge_loss(model, good, twin, worse, ids, wrong):
 
 
 @torch.no_grad()
-def drawings(img, twin, touching, prompts, some):
+def drawings(img, twin, touching, prompts, metas, some):
     """(good, twin, worse), uint8 like img: two pictures through the tokenizer, and one that fits the prompt less.
 
-    The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps; of the next `some` objects touch,
-    where there are several (`touching`, uint8 like img); others are spoiled.
+    For the first `some` theta_0 draws one as well, or the teacher in 1, 4 or 8 steps. The reader, who does here what people
+    did for ImageReward, finds it right, then it is the twin, or wrong, then it is the worse one. Of the next `some` objects
+    touch in the worse one, where there are several (`touching`, uint8 like img); all others are spoiled.
     """
     import evaluate as ev                             # which imports this file's reader
 
     teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", "meissonic-tiny")
+    parts = lambda f, x, desc: torch.cat([f(part) for part in tqdm(x.split(500), desc=desc)])
     pixels = lambda e: ev.to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
     embed = lambda img: embed_tokens(teacher.tokenizer.encode(img.float() / 255), *teacher.tokenizer.tables())
-    e, e_twin = (torch.cat([embed(part) for part in tqdm(x.split(500), desc="tokens")]) for x in (img, twin))
     ways = [functools.partial(ev.generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
     ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
     rows = teacher.conditions(prompts[:some]).split(100)
-    worse = [ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))]
-    merged = ((touching != img).flatten(1).any(1) & (torch.arange(len(img)) < 2 * some))[some:]
-    e_worse = spoiled(e[some:])
-    e_worse[merged] = torch.cat([embed(part) for part in touching[some:][merged].split(500)])
-    worse += [pixels(part) for part in tqdm(e_worse.split(500), desc="spoiled")]
-    return *(torch.cat([pixels(part) for part in x.split(500)]) for x in (e, e_twin)), torch.cat(worse)
+    drawn = torch.cat([ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))])
+    right = torch.tensor([verdict(meta, *detect(x))[0] for meta, x in zip(metas, drawn.numpy())])
+    e = parts(embed, img, "tokens")
+    bad = spoiled(e)
+    merged = (touching != img).flatten(1).any(1) & (torch.arange(len(img)) >= some) & (torch.arange(len(img)) < 2 * some)
+    if merged.any():
+        bad[merged] = parts(embed, touching[merged], "touching")
+    good, worse = parts(pixels, e, "good"), parts(pixels, bad, "worse")
+    twin = parts(lambda x: pixels(embed(x)), twin, "twins")
+    twin[:some][right], worse[:some][~right] = drawn[right], drawn[~right]
+    return good, twin, worse
 
 
 def teacher_loss(net, x, cond):
@@ -421,7 +427,7 @@ def train(args):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             twin, touching = (torch.from_numpy(scenes(args.n, 1_000_003, tasks, **kind)[0])
                               for kind in (dict(again=1), dict(touching=True)))
-            good, twin, worse = drawings(img, twin, touching, prompts, args.n // 3)
+            good, twin, worse = drawings(img, twin, touching, prompts, metas, -(-args.n // 3))
 
         def loss_fn():                                # of the wrong captions a share is just any other, which is easier
             i = batch()
