@@ -5171,21 +5171,6 @@ def test_other_pictures_of_a_caption_fit_it_too_unless_objects_touch():
     assert again == prompts and right(twin).all() and (img != twin).any((1, 2, 3)).all()        # the same, drawn anew
 
 
-def test_of_the_drawings_a_judge_learns_from_the_right_ones_are_twins_and_the_wrong_ones_are_worse():
-    torch.manual_seed(0)
-    img, prompts, metas = shapes.scenes(130, seed=32)
-    fresh, touching = (torch.from_numpy(shapes.scenes(130, seed=32, **kind)[0]) for kind in (dict(again=1), dict(touching=True)))
-    good, twin, worse = shapes.drawings(torch.from_numpy(img), fresh, touching, prompts, metas, some=120)
-    tok = load_teacher("meissonic-tiny").tokenizer
-    through = lambda x: ev.to_bytes(tok.decode(se.embed_tokens(tok.encode(x.float() / 255), *tok.tables())), SPECS["meissonic-tiny"])
-    with torch.no_grad():
-        drawn = (twin != through(fresh)).flatten(1).any(1).numpy()
-        assert torch.equal(good, through(torch.from_numpy(img)))
-    right = lambda img: np.array([benchmarks.verdict(m, *shapes.detect(i))[0] for m, i in zip(metas, img.numpy())])
-    assert right(twin)[drawn].all() and 0 < drawn.sum() < 60 and not drawn[120:].any()
-    assert not right(worse)[:120][~drawn[:120]].any() and (worse != good).flatten(1).any(1).float().mean() > 0.9
-
-
 def test_the_grid_code_tells_columns_in_its_first_half_and_rows_in_the_second_by_their_distance():
     code = shapes.grid_code(8, 64).view(8, 8, 2, 32)              # (row, column, column's or row's, 32)
     assert torch.equal(code[0, :, 0], code[5, :, 0]) and torch.equal(code[:, 0, 1], code[:, 5, 1])
@@ -5208,17 +5193,15 @@ def test_alike_is_the_share_of_equal_tokens_over_all_pairs_of_pictures_of_a_prom
 def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss():
     torch.manual_seed(0)
     model = reward.ImageReward(wordpiece=reward.WordPiece(f"{ROOT}/assets/shapes/words.txt"), **teachers.SHAPES_REWARD)
-    good, twin, worse = (torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8) for _ in range(3))
+    good, worse = (torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8) for _ in range(2))
     ids, *wrong = (model.tokenize(p) for p in (["a ring", "two rings", "a red cross"], ["a circle", "four rings", "a blue cross"],
                                                ["a cross", "two squares", "a red ring"]))
     wrong = torch.stack(wrong)                                    # (2, 3, S)
     assert 1 not in ids                                           # [UNK]
-    loss, log = shapes.judge_loss(model, good, twin, worse, ids, wrong)
+    loss, log = shapes.judge_loss(model, good, worse, ids, wrong)
     raw = lambda img, ids: model(reward.preprocess(img.float() / 255, 32), ids) * model.STD + model.MEAN
     r, w, s = raw(good, ids), torch.stack([raw(good, ids) for ids in wrong]), raw(worse, ids)
-    votes = raw(twin, ids) - r                                    # a tie: half a vote for each of two pictures that fit
     ranks = -(r - w).sigmoid().log().mean() - (r - s).sigmoid().log().mean()
-    ranks -= (votes.sigmoid().log().mean() + (-votes).sigmoid().log().mean()) / 2
     assert close(loss, ranks + 1e-3 * (r.square().mean() + w.square().mean() + s.square().mean()))
     assert close(log["caption"], (r > w).float().mean()) and close(log["picture"], (r > s).float().mean())
 
@@ -5226,8 +5209,8 @@ def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss
 def test_the_shipped_imagereward_prefers_the_right_caption_and_the_sound_picture():
     torch.manual_seed(0)
     right = shapes.judged(400, seed=21)["imagereward"]
-    assert min(right[kind] for kind in ("color", "shape", "number", "order", "place")) > 0.97 and right["taste"] < 0.2
-    assert right["touching"] > 0.75                               # of which a third have a gap all the same
+    assert min(right["color"], right["shape"], right["number"]) > 0.9 and min(right["order"], right["place"]) > 0.75
+    assert right["touching"] > 0.6 and 0.3 < right["taste"] < 0.7   # of touching pictures a third have a gap all the same
     img, prompts, _ = shapes.scenes(200, seed=21)
     teacher = load_teacher("meissonic-tiny")
     score = lambda img, prompts: reward.load_judges(teacher.spec, {"imagereward": 1.0})(img, prompts)["imagereward"]

@@ -333,53 +333,42 @@ def grid_code(side, width):
     return torch.cat([code.repeat(side, 1), code.repeat_interleave(side, 0)], 1)
 
 
-def judge_loss(model, good, twin, worse, ids, wrong):
+def judge_loss(model, good, worse, ids, wrong):
     """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption.
 
-    good, twin, worse (B, 3, H, W) uint8; ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
-    # choice: a tie, half a vote for each, between two pictures that fit one caption. Pairs say nothing of how these
-    # compare, and left alone a judge has a taste: scores of pictures of a caption differed by 2.1 (standard deviation),
-    # of captions by 0.8, and the student drew each prompt in the one way that the judge likes best.
+    good, worse (B, 3, H, W) uint8; ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
     """
     K = len(wrong)
-    seen = model.see(preprocess(torch.cat([good, twin, worse]).float() / 255, model.size)).chunk(3)
-    r = model.raw(torch.cat([*seen, *[seen[0]] * K]), torch.cat([ids] * 3 + [*wrong])).unflatten(0, (3 + K, -1))
-    r, r_twin, r_worse, r_wrong = r[0], r[1], r[2], r[3:]                                     # (B,), (B,), (B,), (K, B)
+    right, spoilt = model.see(preprocess(torch.cat([good, worse]).float() / 255, model.size)).chunk(2)
+    r = model.raw(torch.cat([right] * (1 + K) + [spoilt]), torch.cat([ids, *wrong, ids])).unflatten(0, (K + 2, -1))
+    r, r_wrong, r_worse = r[0], r[1:-1], r[-1]                                                # (B,), (K, B), (B,)
     size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()      # pairs leave the zero free: keep scores near it
-    tie = (F.softplus(r - r_twin) + F.softplus(r_twin - r)).mean() / 2
-    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + tie + 1e-3 * size
-    return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean(),
-                      taste=(r - r_twin).detach().std())
+    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * size
+    return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean())
 
 
 @torch.no_grad()
-def drawings(img, twin, touching, prompts, metas, some):
-    """(good, twin, worse), uint8 like img: two pictures through the tokenizer, and one that fits the prompt less.
+def drawings(img, touching, prompts, some):
+    """(good, worse), uint8 like img: pictures through the tokenizer, and for each one that fits its prompt less.
 
-    For the first `some` theta_0 draws one as well, or the teacher in 1, 4 or 8 steps. The reader, who does here what people
-    did for ImageReward, finds it right, then it is the twin, or wrong, then it is the worse one. Of the next `some` objects
-    touch in the worse one, where there are several (`touching`, uint8 like img); all others are spoiled.
+    The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps; of the next `some` objects touch,
+    where there are several (`touching`, uint8 like img); others are spoiled.
     """
     import evaluate as ev                             # which imports this file's reader
 
     teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", "meissonic-tiny")
-    parts = lambda f, x, desc: torch.cat([f(part) for part in tqdm(x.split(500), desc=desc)])
     pixels = lambda e: ev.to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
     embed = lambda img: embed_tokens(teacher.tokenizer.encode(img.float() / 255), *teacher.tokenizer.tables())
+    e = torch.cat([embed(part) for part in tqdm(img.split(500), desc="tokens")])
     ways = [functools.partial(ev.generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
     ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
     rows = teacher.conditions(prompts[:some]).split(100)
-    drawn = torch.cat([ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))])
-    right = torch.tensor([verdict(meta, *detect(x))[0] for meta, x in zip(metas, drawn.numpy())])
-    e = parts(embed, img, "tokens")
-    bad = spoiled(e)
-    merged = (touching != img).flatten(1).any(1) & (torch.arange(len(img)) >= some) & (torch.arange(len(img)) < 2 * some)
-    if merged.any():
-        bad[merged] = parts(embed, touching[merged], "touching")
-    good, worse = parts(pixels, e, "good"), parts(pixels, bad, "worse")
-    twin = parts(lambda x: pixels(embed(x)), twin, "twins")
-    twin[:some][right], worse[:some][~right] = drawn[right], drawn[~right]
-    return good, twin, worse
+    worse = [ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))]
+    merged = ((touching != img).flatten(1).any(1) & (torch.arange(len(img)) < 2 * some))[some:]
+    e_worse = spoiled(e[some:])
+    e_worse[merged] = torch.cat([embed(part) for part in touching[some:][merged].split(500)])
+    worse += [pixels(part) for part in tqdm(e_worse.split(500), desc="spoiled")]
+    return torch.cat([pixels(part) for part in e.split(500)]), torch.cat(worse)
 
 
 def teacher_loss(net, x, cond):
@@ -425,16 +414,15 @@ def train(args):
         if args.go_on:
             load_state(model, read_weights(os.path.join(folder, "imagereward.safetensors")), "imagereward.safetensors")
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            twin, touching = (torch.from_numpy(scenes(args.n, 1_000_003, tasks, **kind)[0])
-                              for kind in (dict(again=1), dict(touching=True)))
-            good, twin, worse = drawings(img, twin, touching, prompts, metas, -(-args.n // 3))
+            touching = torch.from_numpy(scenes(args.n, 1_000_003, tasks, touching=True)[0])
+            good, worse = drawings(img, touching, prompts, args.n // 3)
 
         def loss_fn():                                # of the wrong captions a share is just any other, which is easier
             i = batch()
             asked = [prompts[k] for k in i]
             false = lambda p: prompts[rng.integers(args.n)] if rng.random() < easy else astray(rng, p)
             wrong = torch.stack([model.tokenize([false(p) for p in asked]) for _ in range(3)])
-            return judge_loss(model, good[i], twin[i], worse[i], model.tokenize(asked), wrong)
+            return judge_loss(model, good[i], worse[i], model.tokenize(asked), wrong)
     elif args.train == "clip":
         model = CLIP(**SHAPES_CLIP)
         ids = clip_ids(unique, 16, SHAPES_CLIP["text_cfg"]["vocab_size"], pads_with_bang=True)
@@ -554,6 +542,8 @@ if __name__ == "__main__":
     args = ap.parse_args()
     if min(args.n, args.steps, args.batch) < 1:
         ap.exit(2, "shapes.py: --n, --steps and --batch are 1 or more\n")
+    if args.train and args.n < 100:
+        ap.exit(2, f"shapes.py: --n {args.n}: expected 100 scenes or more to train on\n")
     try:
         main(args)
     except (UserError, OSError) as err:
