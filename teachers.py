@@ -1401,9 +1401,7 @@ def check(args):
         print(json.dumps({"teacher": spec.name, **found}))
 
 
-if __name__ == "__main__":
-    from teachers import SPECS, check                 # this file under the name by which data/imagenet.py knows it
-
+def flags():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--check", required=True, metavar="NAME", choices=SPECS, help=f"one of {', '.join(SPECS)}")
     ap.add_argument("--teacher_weights", metavar="PATH", help="local file or folder instead of the published one")
@@ -1414,6 +1412,13 @@ if __name__ == "__main__":
     ap.add_argument("--images", metavar="FOLDER", help="real images: a subfolder a class, or with NAME.txt prompts")
     ap.add_argument("--n", type=int, default=64, help="how many of them (%(default)s)")
     ap.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    return ap
+
+
+if __name__ == "__main__":
+    from teachers import check, flags                 # this file under the name by which data/imagenet.py knows it
+
+    ap = flags()
     try:
         check(ap.parse_args())
     except UserError as err:

@@ -5511,10 +5511,10 @@ def test_a_new_run_in_an_old_folder_leaves_no_older_checkpoint_to_go_on_from(tmp
 FUZZ = int(os.environ.get("FUZZ", 8))
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "tteo"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "tteo", "teachers"])
 def test_whatever_the_flags_the_answer_is_a_result_or_a_sentence(script, tmp_path, monkeypatch, capsys):
     """FUZZ=200 pytest test_all.py -k whatever is the long form."""
-    module, draw = dict(train=train, evaluate=ev, tteo=tteo)[script], np.random.default_rng(FUZZ)
+    module, draw = dict(train=train, evaluate=ev, tteo=tteo, teachers=teachers)[script], np.random.default_rng(FUZZ)
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "text").write_text("a cat\n")
     numbers, words = ["-1", "0", "-7", "x", "1.5", "", "nan", "inf", "1e300", "3"], ["", "nope", "/dev/null", "..", "🙂", "\x01",
@@ -5522,7 +5522,8 @@ def test_whatever_the_flags_the_answer_is_a_result_or_a_sentence(script, tmp_pat
     base = dict(train="--random_weights --init_from teacher --steps 2 --batch 4 --head_width 16 --head_mlp 16 --eval_every 0 "
                       "--student_start 0 --log_every 1 --device cpu --teacher",
                 evaluate="--random_weights --steps 1 --n 8 --device cpu --teacher",
-                tteo="--ckpt assets/shapes/theta0.safetensors --starts 2 --iterations 1 --device cpu --prompt cat --teacher")[script]
+                tteo="--ckpt assets/shapes/theta0.safetensors --starts 2 --iterations 1 --device cpu --prompt cat --teacher",
+                teachers="--random_weights --device cpu --check")[script]
     parser = train.flags()[0] if script == "train" else module.flags()
     flags = [a for a in parser._actions if a.option_strings and a.dest not in ("help", "real", "n")]
 
@@ -5531,13 +5532,17 @@ def test_whatever_the_flags_the_answer_is_a_result_or_a_sentence(script, tmp_pat
         return pool[draw.integers(len(pool))]
     for i in range(FUZZ):
         names = ["maskgen-tiny", "meissonic-tiny", "maskbit-tiny", "nope"]
-        argv = [*base.split(), names[draw.integers(4)], "--out", f"{tmp_path}/{i}"] + ["--nonsense"] * (draw.random() < 0.1)
+        argv = [*base.split(), names[draw.integers(4)]] + ["--nonsense"] * (draw.random() < 0.1)
+        argv += ["--out", f"{tmp_path}/{i}"] * (script != "teachers")
         for a in draw.choice(flags, draw.integers(1, 4), replace=False):
             argv += [a.option_strings[0], *(word(a) for _ in range(0 if a.nargs == 0 else a.nargs if isinstance(a.nargs, int) else 1))]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-        monkeypatch.chdir(tmp_path if "--ckpt" not in argv else ROOT)
+        monkeypatch.chdir(tmp_path)
         try:
-            train.main() if script == "train" else module.main(parser.parse_args())
+            if script == "train":
+                train.main()
+            else:
+                getattr(module, "main", teachers.check)(parser.parse_args())
         except (SystemExit, UserError) as end:
             assert isinstance(end, UserError) or end.code == 2, argv
         said = capsys.readouterr()
