@@ -1381,6 +1381,10 @@ def knows(teacher, img, what, batch=8, ratio=0.5):
 
 def check(args):
     """Report on a teacher's files: found, fitting, how large, and what they know of real images."""
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: expected 1 image or more")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
     spec, modules = SPECS[args.check], {}
     for role, path in zip(spec.roles, (args.teacher_weights, args.tokenizer_weights, args.text_weights)):
         try:

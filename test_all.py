@@ -2215,6 +2215,8 @@ def test_check_ends_with_2_and_a_sentence_where_a_file_is_not_right(tmp_path):
     done = subprocess.run([*command, "--teacher_weights", str(tmp_path / "no.bin")], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and "maskbit-tiny is not complete" in done.stderr
     assert "net        NOT  no weights at" in done.stdout and "tokenizer  ok " in done.stdout
+    with pytest.raises(UserError, match="--n 0: expected 1 image or more"):
+        teachers.check(teachers.flags().parse_args(["--check", "maskbit-tiny", "--n", "0"]))
 
 
 @pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="a minute and 4 GB of memory: set FULL_SIZE=1")

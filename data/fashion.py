@@ -100,6 +100,10 @@ class FashionNet(nn.Module):
 
 # ================================================================================================ the tokens
 def main(args):
+    folder = (os.path.dirname(args.pack) or ".") if args.pack else args.out
+    os.makedirs(folder, exist_ok=True)                # what cannot be written is said before the work
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write into {folder}: name another place by {'--pack' if args.pack else '--out'}")
     img, labels = load_images("train", args.raw)
     tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)
     meta = describe(tokenizer, "maskbit-tiny", "Fashion-MNIST, training set")
@@ -110,7 +114,6 @@ def main(args):
         tokens[i : i + 500] = tokenizer.encode(torch.from_numpy(img[i : i + 500]).float() / 255).numpy()
 
     if args.pack:
-        os.makedirs(os.path.dirname(args.pack) or ".", exist_ok=True)
         with replacing(args.pack) as f:
             write_packed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
         print(f"{args.pack}: {len(tokens):,} images, {os.path.getsize(args.pack) / 1e6:.2f} MB")

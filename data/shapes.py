@@ -540,8 +540,8 @@ if __name__ == "__main__":
                     help="share of tokens that agree in two pictures of a prompt; a student's checkpoint or weights, or: teacher")
     ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one a line, to distil from")
     args = ap.parse_args()
-    if min(args.n, args.steps, args.batch) < 1:
-        ap.exit(2, "shapes.py: --n, --steps and --batch are 1 or more\n")
+    if min(args.n, args.steps, args.batch) < 1 or not args.lr > 0:
+        ap.exit(2, "shapes.py: --n, --steps and --batch are 1 or more, --lr is above 0\n")
     if args.train and args.n < 100:
         ap.exit(2, f"shapes.py: --n {args.n}: expected 100 scenes or more to train on\n")
     try:

@@ -222,7 +222,9 @@ if __name__ == "__main__":
     args = ap.parse_args()
     if args.train_tokenizer + args.train_mdm + args.train_classifier != 1:
         ap.exit(2, "tiny.py: name one of --train_tokenizer, --train_mdm and --train_classifier\n")
+    if min(args.steps, args.batch) < 1 or not args.lr > 0 or not 0 <= args.dropout < 1:
+        ap.exit(2, "tiny.py: --steps and --batch are 1 or more, --lr is above 0, --dropout below 1\n")
     try:
         (make_reference if args.train_classifier else make_tiny)(args)
-    except UserError as err:
+    except (UserError, OSError) as err:
         ap.exit(2, f"tiny.py: {err}\n")
