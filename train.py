@@ -163,7 +163,7 @@ def flags():
     add(g, "rewards", SEED, "which, and how they are mixed", type=mix, metavar="NAME=W,NAME=W")
     add(g, "reward_start", 0, "steps before the reward term joins the student's loss")
     add(g, "reward_chunk", 1, "images decoded and judged at a time")
-    add(g, "clip_reward", 0.0, "largest norm of one image's reward gradient at its logits, times --w_reward; 0: no limit")
+    add(g, "clip_reward", 0.0, "largest norm of one image's reward gradient at its logits, before --w_reward; 0: no limit")
     for name in REWARDS:
         add(g, f"{name}_weights", None, "local file instead of the published one", type=str)
     add(g, "bert_vocab", None, "local file instead of the published one, for imagereward", type=str)
