@@ -18,7 +18,7 @@ Published FIDs rest on the Inception network of 2015 (`Inception`) and on statis
 The tiny world has its own feature network, a small classifier (`data.fashion.FashionNet`). Its features are means
 and standard deviations of the maps of *all* layers: the last layer alone hardly sees texture, and texture is what
 betrays tokens that were drawn independently. Its FIDs compare only with each other. Where real images stand, the
-floor, says assets/fashion/reference.json.
+floor, says assets/fashion/classifier.json.
 
     python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, and its teacher beside it
     python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1          # a sweep; 0 is argmax (Tab. 14)
@@ -71,7 +71,7 @@ from data.weights import ROOT, UserError, fingerprint, load_state, read_weights,
 from dimo import initial_tokens, student_logits
 from reward import load_judges
 from soft_embed import embed_tokens, sample_tokens
-from teachers import SPECS, decode_tokens, load_student, load_teacher
+from teachers import SPECS, check_device, decode_tokens, load_student, load_teacher
 from tteo import now
 
 ASSETS = os.path.join(ROOT, "assets", "fashion")
@@ -969,8 +969,7 @@ def models(args, device):
 
 def main(args):
     # ------------------------------------------------------------------------------- processes and device
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+    check_device(args.device)
     device = join_processes(args.device)
     first = is_first()
     try:

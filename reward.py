@@ -445,12 +445,18 @@ def reno_loss(scores, weights=RENO):
     return sum(w * REWARDS[name].offset for name, w in weights.items()) - weighted(scores, weights)
 
 
+def clip_each(g, limit, eps=0.0):
+    """Scale the gradient of each image in g (B, ...) down to a norm of `limit` at most: images ignore each other."""
+    factor = (limit / (g.flatten(1).norm(dim=1) + eps)).clamp(max=1)                          # (B,)
+    return g * factor.view(-1, *[1] * (g.ndim - 1))
+
+
 def reward_grad(z, tokenizer, cond, rewards, prompts, weights, tau=1.0, chunk=1, clip=None):
     """Gradient of Eq. 9 at the student's logits: (g (B, L, G, V), {name: mean score}). g has the 1/B of the mean.
 
     z (B, L, G, V) student logits; cond the teacher's condition, for decoders that read it. `chunk` images are
     decoded and judged at a time, and their graph is gone before the next: memory does not grow with B.
-    clip: the largest norm of one image's gradient, before the 1/B. A judge has cliffs, and an image on one outweighs
+    clip, as in `clip_each`, is of one image's gradient, before the 1/B. A judge has cliffs, and an image on one outweighs
     the others: on shapes a twentieth of the images had nine tenths of the squared norm.
     """
     check_prompts(prompts, len(z))
@@ -462,9 +468,7 @@ def reward_grad(z, tokenizer, cond, rewards, prompts, weights, tau=1.0, chunk=1,
         img = tokenizer.decode(e, tuple(c[i : i + chunk] for c in cond), clamp=True)          # (b, C, H, W)
         scores = rewards(img, prompts[i : i + chunk])
         g = torch.autograd.grad(-weighted(scores, weights).sum(), part)[0]                    # Eq. (9)
-        if clip:
-            g = g * (clip / g.flatten(1).norm(dim=1)).clamp(max=1).view(-1, 1, 1, 1)
-        grads.append(g / len(z))
+        grads.append((clip_each(g, clip) if clip else g) / len(z))
         seen.append({name: score.detach() for name, score in scores.items()})
     return torch.cat(grads), {name: torch.cat([s[name] for s in seen]).mean() for name in seen[0]}
 

@@ -42,7 +42,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.weights import UserError, fetch, load_state, local, read_weights, renames
-from data.weights import UserError, fetch, load_state, local, read_weights, renames
 from dimo import exact_mask, guided_logits, mask_ratio, perturb
 from soft_embed import embed_tokens, sample_tokens
 
@@ -1196,6 +1195,12 @@ def build(spec, role, path=None, random_weights=False, text_activation=None):
     return load_state(module.to_empty(device="cpu"), read_weights(path, role), path)
 
 
+def check_device(device):
+    """Complain of --device cuda where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+
+
 def stated_sizes(path, names):
     """What a published config.json (nested dicts) states, as our arguments: head counts are seen nowhere else."""
     def leaves(d):
@@ -1383,8 +1388,7 @@ def check(args):
     """Report on a teacher's files: found, fitting, how large, and what they know of real images."""
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected 1 image or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+    check_device(args.device)
     spec, modules = SPECS[args.check], {}
     for role, path in zip(spec.roles, (args.teacher_weights, args.tokenizer_weights, args.text_weights)):
         try:
@@ -1420,8 +1424,6 @@ def flags():
 
 
 if __name__ == "__main__":
-    from teachers import check, flags                 # this file under the name by which data/imagenet.py knows it
-
     ap = flags()
     try:
         check(ap.parse_args())

@@ -39,7 +39,7 @@ from dimo import SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, ini
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
 from reward import REWARDS, SEED, load_judges, mix, reward_grad
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
-from teachers import SPECS, load_teacher
+from teachers import SPECS, check_device, load_teacher
 
 # ============================================================================================ settings
 # Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
@@ -235,8 +235,7 @@ def settle(given, defaults):
                         "captions of LAION-Aesthetics; to try it, assets/prompts.txt)")
     if c.zero and c.optimizer == "muon":
         raise UserError("--zero shards the state of adam and adamw: leave it out, or take another --optimizer than muon")
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+    check_device(c.device)
     if os.path.exists(os.path.join(c.out, "ckpt.pt")) and not (c.resume or c.overwrite or c.profile):
         raise UserError(f"--out {c.out} already holds a run: go on with --resume, start anew with --overwrite, or name "
                         "another folder")

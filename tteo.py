@@ -36,10 +36,11 @@ from typing import NamedTuple
 
 import torch
 
+import reward
 from data.weights import UserError, fingerprint
 from dimo import initial_tokens
 from soft_embed import embed_tokens, soft_embed
-from teachers import load_student, load_teacher
+from teachers import check_device, load_student, load_teacher
 
 
 # --------------------------------------------------------------------------------------------- the loop
@@ -63,12 +64,6 @@ def norm_penalty(e):
     return n**2 / 2 - (e[0].numel() - 1) * n.log()
 
 
-def clip_each(g, limit):
-    """Scale each start's gradient in g (N, ...) down to a norm of `limit` at most: starts ignore each other."""
-    factor = (limit / (g.flatten(1).norm(dim=1) + 1e-6)).clamp(max=1)                         # (N,)
-    return g * like(factor, g)
-
-
 def like(per_start, t):
     """(N,) -> (N, 1, ..., 1), to be broadcast over t (N, ...)."""
     return per_start.view(-1, *[1] * (t.ndim - 1))
@@ -78,7 +73,7 @@ def optimise(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=
     """ReNO's loop on N starts e (N, ...) at once: a Best. No parameter of any network gets a gradient.
 
     image_of(e) -> images (N, ...), loss_of(images) -> (N,), smaller is better; neither may mix starts, or draw.
-    regularise is the weight of the norm penalty, which steers but does not select; clip as in `clip_each`.
+    regularise is the weight of the norm penalty, which steers but does not select; clip as in `reward.clip_each`.
     # choice: momentum, Nesterov and the counting are ReNO's. The paper states SGD, lr 0.2 and no clipping; its
     Tab. 6 agrees with the counting, see above.
     """
@@ -101,7 +96,7 @@ def optimise(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=
         if last:
             return Best(*best, torch.stack(history))
         g = torch.autograd.grad(total, e)[0]                      # of e alone: the weights' gradients stay None
-        e.grad = g if clip is None else clip_each(g, clip)
+        e.grad = g if clip is None else reward.clip_each(g, clip, eps=1e-6)                   # eps as in ReNO
         opt.step()
 
 
@@ -269,11 +264,9 @@ def benchmark(args, teacher, net, rewards, loss_of, start, sgd, batch=20):
 
 def main(args):
     import evaluate as ev
-    import reward
 
     # ------------------------------------------------------------------------------- networks and rewards
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+    check_device(args.device)
     if not (args.ckpt or args.teacher):
         raise UserError("who draws? Name a student by --ckpt PATH, or a text teacher by --teacher NAME")
     files = {k: getattr(args, k) for k in ev.FILES}

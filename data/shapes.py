@@ -359,16 +359,16 @@ def drawings(img, touching, prompts, some):
     teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", "meissonic-tiny")
     pixels = lambda e: ev.to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
     embed = lambda img: embed_tokens(teacher.tokenizer.encode(img.float() / 255), *teacher.tokenizer.tables())
-    e = torch.cat([embed(part) for part in tqdm(img.split(500), desc="tokens")])
+    parts = lambda f, x, desc: torch.cat([f(part) for part in tqdm(x.split(500), desc=desc)])
+    e = parts(embed, img, "tokens")
     ways = [functools.partial(ev.generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
     ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
     rows = teacher.conditions(prompts[:some]).split(100)
     worse = [ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))]
     merged = ((touching != img).flatten(1).any(1) & (torch.arange(len(img)) < 2 * some))[some:]
     e_worse = spoiled(e[some:])
-    e_worse[merged] = torch.cat([embed(part) for part in touching[some:][merged].split(500)])
-    worse += [pixels(part) for part in tqdm(e_worse.split(500), desc="spoiled")]
-    return torch.cat([pixels(part) for part in e.split(500)]), torch.cat(worse)
+    e_worse[merged] = parts(embed, touching[some:][merged], "touching")
+    return parts(pixels, e, "good"), torch.cat([*worse, parts(pixels, e_worse, "worse")])
 
 
 def teacher_loss(net, x, cond):

@@ -119,7 +119,7 @@ def codebook_report(tok, img):
                 perplexity=math.exp(-(p * (p + 1e-12).log()).sum()))
 
 
-def ship(model, path, args, start, report=dict, record_as=None):
+def ship(model, path, args, start, report=dict):
     """Write a module as float16 safetensors, and how it was made beside it, as JSON; report() adds what it came to."""
     from safetensors.torch import save
 
@@ -128,7 +128,7 @@ def ship(model, path, args, start, report=dict, record_as=None):
         f.write(save({k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}))
     record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
     record.update(report())
-    with replacing(record_as or path.replace(".safetensors", ".json")) as f:
+    with replacing(path.replace(".safetensors", ".json")) as f:
         f.write(json.dumps(record, indent=1).encode())
     print(json.dumps(record, indent=1))
 
@@ -156,10 +156,7 @@ def make_reference(args):
         if n % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}")
 
-    # The shipped weights are rounded, so the statistics are taken with the rounded ones.
-    state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
-    net.load_state_dict(state)
-    net.eval().requires_grad_(False)
+    net.half().float().eval().requires_grad_(False)   # as `ship` rounds them: the statistics are the shipped weights'
     features = torch.cat([ev.extract(net, part.to(args.device))[0] for part in img.split(500)])
     moments = ev.Moments(net.dim, features.double().mean(0), args.device)
     moments.add(features)
@@ -177,8 +174,7 @@ def make_reference(args):
                     test_accuracy=(torch.cat(right) == test_labels).double().mean().item(),
                     test_images=ev.evaluate(lambda i, **_: shown[i], rows, net, reference))
 
-    ship(net, os.path.join(ev.ASSETS, "classifier.safetensors"), args, start, report,
-         os.path.join(ev.ASSETS, "reference.json"))
+    ship(net, os.path.join(ev.ASSETS, "classifier.safetensors"), args, start, report)
 
 
 def make_tiny(args):
