@@ -111,7 +111,7 @@ def divergence_grad(z_teacher, z_aux, mask, beta=0.0):
 
     beta = 0: forward KL,  D = KL(q || p),  g = p - q                          q = softmax(z_teacher)
     beta = 1: reverse KL,  D = KL(p || q),  g = p (log p/q - KL(p || q))       p = softmax(z_aux)
-    else:     generalised Jeffreys, (1 - beta) FKL + beta RKL; the paper's MaskGit run takes beta = -0.2.
+    else:     generalized Jeffreys, (1 - beta) FKL + beta RKL; the paper's MaskGit run takes beta = -0.2.
     Float32 throughout: log p - log q of bf16 logits is mostly rounding.
     """
     z_teacher, z_aux = z_teacher.float(), z_aux.float()

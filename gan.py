@@ -9,7 +9,7 @@ generator's soft embeddings, and since those are differentiable, its verdict rea
 Three choices make it work. (1) D does not learn to see: the frozen teacher is its feature extractor, at several
 depths, and only small convolutional heads and an MLP are trained. (2) (.)_r: a share r ~ U[a, b] of the units is
 replaced by the mask, the *same* units for real and fake. The teacher only knows masked inputs, and D, like in
-diffusion GANs, is kept from overfitting. (3) Di[M]O stays on as a regulariser; alone, the GAN collapses (Fig. 13).
+diffusion GANs, is kept from overfitting. (3) Di[M]O stays on as a regularizer; alone, the GAN collapses (Fig. 13).
 
 Gradients: the student's step needs d L_GAN / d z and nothing else, so `gan_grad` asks autograd for exactly that,
 through heads, teacher, masking and softmax. Neither the heads nor the teacher receive any gradient in it. The
@@ -88,7 +88,7 @@ def gan_grad(z, disc, net, cond, mask, E, bias, estimator="soft", tau=1.0, noise
 
     z (B, L, G, V) student logits; net the frozen teacher; mask (B, L, G) the units replaced by the mask embedding;
     estimator: "soft" (Eq. 3), "gumbel" or "straight-through" (Fig. 4a). disc is the bare module, not its DDP
-    wrapper: no parameter gets a gradient here, so there is nothing to synchronise.
+    wrapper: no parameter gets a gradient here, so there is nothing to synchronize.
     """
     z = z.detach().requires_grad_()
     e = ESTIMATORS[estimator](z, E, bias, mask, tau)                                          # (B, L, d)
@@ -100,7 +100,7 @@ def disc_logits(z, x_real, disc, net, cond, mask, E, bias, estimator="soft", tau
     """D on real and fake in one forward: (d_real (B,), d_fake (B,)), differentiable in the heads alone.
 
     x_real (B, L, G) are real tokens with the same condition as the fakes (App. H.3), masked at the same units.
-    `disc` may be a DDP wrapper: this is the pass whose gradients are synchronised.
+    `disc` may be a DDP wrapper: this is the pass whose gradients are synchronized.
     """
     layers = getattr(disc, "module", disc).layers
     with torch.no_grad():

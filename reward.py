@@ -18,310 +18,43 @@ are frozen, and where the decoder's output is clamped to [0, 1] the gradient is 
 
 s = exp(logit_scale), about 100, is learned with each model. Scales differ a hundredfold, hence the small lambdas:
 1.0 ImageReward + 0.2 CLIP in the paper (SEED below; Tab. 5, 9), times 2000 against a Di[M]O loss of weight 1. ReNO,
-whose mix test-time optimisation takes over (RENO), writes each term as offset - R: the same gradient.
+whose mix test-time optimization takes over (RENO), writes each term as offset - R: the same gradient.
 
 What goes wrong: a differentiable judge can be fooled, and its gradient shows how. Without the Di[M]O loss as an
-anchor colours over-saturate, and FID rises with the score (HPS alone: 24.2 -> 38.4 on COCO; App. I.10, Tab. 8).
+anchor colors over-saturate, and FID rises with the score (HPS alone: 24.2 -> 38.4 on COCO; App. I.10, Tab. 8).
 CLIP alone improves the prompt and not the looks, the others the looks more than the prompt: so they are mixed.
 
-`python reward.py` optimises one image's pixels for a tiny CLIP that has learned nothing. In seconds the cosine
+`python reward.py` optimizes one image's pixels for a tiny CLIP that has learned nothing. In seconds the cosine
 rises from where all images lie to nearly 1, and ever more pixels end at 0 or 1: reward hacking, and nothing else.
 """
 
 import argparse
 import functools
-import math
-import unicodedata
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from data.weights import UserError, fetch, load_state, local, read_weights, renames
+from machinery.errors import UserError
+from machinery.files import local
+from networks.blip import ImageReward, WordPiece
+from networks.clip import CLIP_H, ClipReward, preprocess
+from networks.weights import fetch, load_state, read_weights
 from soft_embed import soft_embed
-from teachers import PreNormBlock, clip_ids
 
 
-# ------------------------------------------------------------------------ pixels
-def normalise(img):
-    """Pixels in [0, 1] -> what all four rewards were trained on."""
-    mean, std = img.new_tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
-    return (img - mean[:, None, None]) / std[:, None, None]
-
-
-def resize(img, h, w):
-    """Bicubic and antialiased; in float32 at least, and not clamped, though it overshoots [0, 1] a little."""
-    img = img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
-    img = img.expand(-1, 3, -1, -1)                                                           # grey: (B, 1, H, W)
-    return img if img.shape[2:] == (h, w) else F.interpolate(img, (h, w), mode="bicubic", antialias=True)
-
-
-def preprocess(img, size=224):
-    """Images (B, 3 or 1, H, W) in [0, 1] -> (B, 3, size, size): one differentiable tensor for all rewards.
-
-    The shorter side becomes `size`, the longer one is truncated to an integer, then the centre is cropped.
-    """
-    H, W = img.shape[2:]
-    h, w = int(size * H / min(H, W)), int(size * W / min(H, W))
-    top, left = round((h - size) / 2), round((w - size) / 2)                                  # halves to even
-    return normalise(resize(img, h, w)[:, :, top : top + size, left : left + size])
-
-
-def preprocess_longest(img, size=224):
-    """As HPSv2's own benchmark has it: the longer side becomes `size`, the rest is padded with black."""
-    H, W = img.shape[2:]
-    h, w = round(H * size / max(H, W)), round(W * size / max(H, W))
-    top, left = (size - h) // 2, (size - w) // 2
-    return normalise(F.pad(resize(img, h, w), (left, size - w - left, top, size - h - top)))
-
-
-def preprocess_pil(img, size=224):
-    """As open_clip evaluates: a PIL picture -> (3, size, size), resized by PIL, which rounds to bytes and clamps."""
-    (W, H), short = img.size, min(img.size)
-    w, h = int(size * W / short), int(size * H / short)
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    img = img.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)).convert("RGB")
-    return normalise(torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 255)
-
-
-# ------------------------------------------------------------------------ CLIP, HPS v2.1, PickScore
-CLIP_H = dict(embed_dim=1024, vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14),
-              text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24))
-# Two that measure and never teach (evaluate.py): CLIP score's, and GenEval's judge of colours.
-CLIP_G = dict(CLIP_H, vision_cfg=dict(image_size=224, layers=40, width=1408, head_width=88, mlp_ratio=4.3637,
-                                      patch_size=14))
-CLIP_L = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-              text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
-
-
-class ClipReward(nn.Module):
-    """The cosine of two towers' features: open_clip's own CLIP, of any size, under three sets of weights.
-
-    kind: "clip" and "pickscore" multiply by the learned scale s, "hps" does not.
-    """
-
-    def __init__(self, config=CLIP_H, kind="clip"):
-        super().__init__()
-        try:
-            from open_clip.model import CLIP
-        except ImportError:
-            raise UserError(f"the reward {kind} is a CLIP by open_clip: pip install open_clip_torch")
-        self.clip, self.size, self.scaled = CLIP(**config), config["vision_cfg"]["image_size"], kind != "hps"
-
-    def tokenize(self, prompts):
-        """Prompts -> ids (n, context), as they are: no template."""
-        return clip_ids(prompts, self.clip.context_length, self.clip.vocab_size)
-
-    def image_features(self, pixels):
-        return self.unit(self.clip.encode_image(pixels))                                      # (B, embed)
-
-    def text_features(self, ids):
-        causal = torch.full((ids.shape[1],) * 2, -math.inf, device=ids.device).triu(1)
-        self.clip.attn_mask = causal              # in no file, so a model that was built on "meta" comes without it
-        return self.unit(self.clip.encode_text(ids))                                          # (B, embed)
-
-    def unit(self, features):
-        """Length 1, computed in the precision of the scale: float32 also where the matrices are bf16."""
-        return F.normalize(features.to(self.clip.logit_scale.dtype), dim=-1)
-
-    def forward(self, pixels, ids):
-        """Preprocessed pixels (B, 3, size, size) and ids (B, context) -> scores (B,) of the pairs (i, i)."""
-        cosine = (self.image_features(pixels) * self.text_features(ids)).sum(-1)
-        return cosine * self.clip.logit_scale.exp() if self.scaled else cosine
-
-    published_names = renames("""
-        text_model.embeddings.token_embedding.             token_embedding.
-        text_model.embeddings.position_embedding.weight    positional_embedding
-        text_model.encoder.layers.                         transformer.resblocks.
-        text_model.final_layer_norm.                       ln_final.
-        text_projection.weight                             text_projection^T
-        vision_model.embeddings.class_embedding            visual.class_embedding
-        vision_model.embeddings.patch_embedding.           visual.conv1.
-        vision_model.embeddings.position_embedding.weight  visual.positional_embedding
-        vision_model.pre_layrnorm.   visual.ln_pre.        vision_model.post_layernorm.  visual.ln_post.
-        vision_model.encoder.layers.                       visual.transformer.resblocks.
-        visual_projection.weight                           visual.proj^T
-        .layer_norm1.       .ln_1.                         .layer_norm2.         .ln_2.
-        .mlp.fc1.           .mlp.c_fc.                     .mlp.fc2.             .mlp.c_proj.
-        .self_attn.q_proj.  .attn.in_proj_#0               .self_attn.k_proj.    .attn.in_proj_#1
-        .self_attn.v_proj.  .attn.in_proj_#2               .self_attn.out_proj.  .attn.out_proj.
-    """) + [(r"^(?!clip\.)", "clip.")]                  # transformers' names to open_clip's, and those to ours
-    published_extras = (r"(text_model|vision_model)\.embeddings\.position_ids$"
-                        r"|(attn_mask|input_resolution|context_length|vocab_size)$")
-
-
-# ------------------------------------------------------------------------ ImageReward
-class Reads(nn.Module):
-    """x (B, S, width) attends to y (B, N, source); added to x, then LayerNorm: BERT's attention, self or cross."""
-
-    def __init__(self, width, heads, source):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(source, width), nn.Linear(source, width)
-        self.out, self.norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, x, y, mask=None):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), self.k(y), self.v(y)))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                           # (B, heads, S, d)
-        return self.norm(x + self.out(h.transpose(1, 2).flatten(2)))
-
-
-class ReadingBlock(nn.Module):
-    """BERT's post-norm layer with one more sublayer, in which every word looks at the image."""
-
-    def __init__(self, width, heads, mlp, source):
-        super().__init__()
-        self.attn, self.cross = Reads(width, heads, width), Reads(width, heads, source)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, h, image, mask):
-        h = self.cross(self.attn(h, h, mask), image)
-        return self.norm(h + self.mlp(h))
-
-
-class ImageReward(nn.Module):
-    """BLIP as a judge: a ViT sees, a BERT reads the prompt while looking at it, a head scores the first position.
-
-    vision and text are (width, depth, heads). The head has no activation between its layers: so it was published.
-    """
-
-    MEAN, STD, CONTEXT = 0.16717362830052426, 1.0333394966054072, 35            # over its training set
-
-    def __init__(self, size=224, patch=16, vision=(1024, 24, 16), text=(768, 12, 12), mlp=3072, vocab=30524,
-                 positions=512, head=(1024, 128, 64, 16), wordpiece=None):
-        super().__init__()
-        (D, depth, heads), (d, layers, text_heads) = vision, text
-        self.size, self.wordpiece = size, wordpiece
-        self.patch = nn.Conv2d(3, D, patch, stride=patch)
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
-        self.pos = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, D))
-        self.blocks = nn.ModuleList(PreNormBlock(D, heads, 4 * D) for _ in range(depth))
-        self.norm = nn.LayerNorm(D)
-        for m in self.modules():
-            if isinstance(m, nn.LayerNorm):
-                m.eps = 1e-6                                      # the image tower's; the text tower has 1e-12
-        self.words, self.places = nn.Embedding(vocab, d), nn.Embedding(positions, d)
-        self.text_norm = nn.LayerNorm(d, eps=1e-12)
-        self.layers = nn.ModuleList(ReadingBlock(d, text_heads, mlp, D) for _ in range(layers))
-        self.head = nn.Sequential(*(nn.Linear(a, b) for a, b in zip((d, *head), (*head, 1))))
-
-    def tokenize(self, prompts):
-        return torch.tensor([self.wordpiece(p, min(self.CONTEXT, len(self.places.weight))) for p in prompts])
-
-    def see(self, pixels):
-        h = self.patch(pixels).flatten(2).transpose(1, 2)                                     # (B, N, D)
-        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1) + self.pos               # (B, N+1, D)
-        for block in self.blocks:
-            h = block(h)
-        return self.norm(h)
-
-    def read(self, ids, image):
-        mask = (ids != 0)[:, None, None]                          # padding is not attended to: (B, 1, 1, S)
-        h = self.text_norm(self.words(ids) + self.places.weight[: ids.shape[1]])              # (B, S, d)
-        for layer in self.layers:
-            h = layer(h, image, mask)
-        return h
-
-    def raw(self, image, ids):
-        """What see() saw, (B, N+1, D), and ids (B, S), 0 where padded -> scores (B,) as the head gives them."""
-        first = self.read(ids, image)[:, 0]                                                   # (B, d)
-        with torch.autocast(image.device.type, enabled=False):
-            return self.head(first.to(self.head[0].weight.dtype))[:, 0]                       # (B,)
-
-    def forward(self, pixels, ids):
-        """Preprocessed pixels (B, 3, size, size) and ids (B, S), 0 where padded -> rewards (B,), about N(0, 1)."""
-        return (self.raw(self.see(pixels), ids) - self.MEAN) / self.STD
-
-    published_names = renames("""
-        blip.visual_encoder.cls_token         cls_token    blip.visual_encoder.pos_embed          pos
-        blip.visual_encoder.patch_embed.proj. patch.       blip.visual_encoder.norm.              norm.
-        blip.visual_encoder.blocks.           blocks.      blocks.*.attn.proj.                    blocks.*.attn.out.
-        blocks.*.mlp.fc1.           blocks.*.mlp.0.        blocks.*.mlp.fc2.                      blocks.*.mlp.3.
-        blip.text_encoder.embeddings.word_embeddings.      words.
-        blip.text_encoder.embeddings.position_embeddings.  places.
-        blip.text_encoder.embeddings.LayerNorm.            text_norm.
-        blip.text_encoder.encoder.layer.                   layers.
-        layers.*.attention.         layers.*.attn.         layers.*.crossattention.               layers.*.cross.
-        layers.*.intermediate.dense. layers.*.mlp.0.       layers.*.output.dense.                 layers.*.mlp.2.
-        layers.*.output.LayerNorm.  layers.*.norm.         .output.LayerNorm. .norm.     .output.dense. .out.
-        .self.query. .q.            .self.key. .k.         .self.value. .v.
-        mlp.layers.0. head.0.       mlp.layers.2. head.1.  mlp.layers.4. head.2.
-        mlp.layers.6. head.3.       mlp.layers.7. head.4.
-    """)
-    published_extras = r"blip\.(vision_proj|text_proj)\.|blip\.text_encoder\.embeddings\.position_ids$"
-
-
-def is_ideograph(c):
-    return any(a <= ord(c) <= b for a, b in ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF),
-                                             (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F)))
-
-
-class WordPiece:
-    """BERT's tokenizer: lower case, no accents; in each word, from the left, the longest pieces that are known.
-
-    path: a file with a piece a line, an id is the line's number. Without it, single ASCII characters, to try code.
-    """
-
-    def __init__(self, path=None):
-        chars = [chr(i) for i in range(33, 127)]
-        lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *chars, *("##" + c for c in chars)]
-        if path is not None:
-            try:
-                with open(path, encoding="utf-8") as f:
-                    lines = f.read().rstrip("\n").split("\n")
-            except (OSError, UnicodeDecodeError) as err:
-                raise UserError(f"cannot read {path} as a vocabulary ({type(err).__name__}): one piece a line")
-        self.ids = {piece: i for i, piece in enumerate(lines)}
-        if lines[0] != "[PAD]" or {"[UNK]", "[CLS]", "[SEP]"} - self.ids.keys():
-            raise UserError(f"{path} is not BERT's vocabulary: expected [PAD] first, and [UNK], [CLS], [SEP]")
-
-    def split(self, text):
-        """Words; each mark of punctuation and each ideograph is one."""
-        out = ""
-        for c in unicodedata.normalize("NFD", text.lower()):
-            kind = unicodedata.category(c)
-            if c in "\t\n\r" or kind == "Zs":
-                out += " "
-            elif kind[0] == "P" or c in "$+<=>^`|~" or is_ideograph(c):                   # all ASCII symbols count
-                out += f" {c} "
-            elif kind != "Mn" and kind[0] != "C" and c != "\ufffd":                       # no accents, no controls
-                out += c
-        return out.split()
-
-    def pieces(self, word):
-        found, start = [], 0
-        while start < len(word):
-            ends = range(len(word), start, -1) if len(word) <= 100 else ()
-            match = next((p for e in ends if (p := "##" * (start > 0) + word[start:e]) in self.ids), None)
-            if match is None:
-                return ["[UNK]"]
-            found.append(match)
-            start += len(match) - 2 * (start > 0)
-        return found
-
-    def __call__(self, text, length=35):
-        body = [p for word in self.split(text) for p in self.pieces(word)][: length - 2]
-        row = ["[CLS]", *body, "[SEP]"]
-        return [self.ids[p] for p in row] + [self.ids["[PAD]"]] * (length - len(row))
-
-
-# ------------------------------------------------------------------------ all of them, loaded and scored
 class Published(NamedTuple):
     repo: str
     file: str
-    offset: float           # ReNO minimises offset - R
+    offset: float           # ReNO minimizes offset - R
 
 
 REWARDS = {"clip": Published("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin", 100.0),
            "hps": Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", 1.0),
            "pickscore": Published("yuvalkirstain/PickScore_v1", "model.safetensors", 30.0),
            "imagereward": Published("THUDM/ImageReward", "ImageReward.pt", 2.0)}
-JUDGES = {"clip_g": Published("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.bin", 1.0),
+MEASURING_CLIPS = {"clip_g": Published("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.bin", 1.0),
           "clip_l": Published("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors", 1.0)}
 VOCAB = ("google-bert/bert-base-uncased", "vocab.txt")
 SEED = {"imagereward": 1.0, "clip": 0.2}                                                      # Tab. 5, 9
@@ -374,7 +107,7 @@ def load_model(name, make, path=None, random_weights=False):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return make()
-    path = path or fetch(*{**REWARDS, **JUDGES}[name][:2], f"--{name}_weights")
+    path = path or fetch(*{**REWARDS, **MEASURING_CLIPS}[name][:2], f"--{name}_weights")
     with torch.device("meta"):                                    # no time lost on initial values
         model = make()
     return load_state(model.to_empty(device="cpu"), read_weights(local(path)), path)
@@ -411,7 +144,7 @@ def load_rewards(names, paths={}, device="cpu", dtype=None, vocab=None, random_w
     return Rewards(models, dtype == torch.bfloat16, checkpointing)
 
 
-def load_judges(spec, weights, paths={}, random_weights=False, **kwargs):
+def rewards_for(spec, weights, paths={}, random_weights=False, **kwargs):
     """The rewards named in `weights`: a tiny world's own where its spec has them, else the published ones."""
     own = {name: spec.rewards[name] for name in weights if name in spec.rewards}
     paths = {**{name: path for name, (path, _) in own.items()}, **{name: path for name, path in paths.items() if path}}
@@ -432,7 +165,6 @@ def mix(text):
     return weights
 
 
-# ------------------------------------------------------------------------ Eq. 9
 def weighted(scores, weights):
     """sum_i lambda_i R_i, (B,). Every weight needs its score; a score without weight is only looked at."""
     if missing := [name for name in weights if name not in scores]:
@@ -441,7 +173,7 @@ def weighted(scores, weights):
 
 
 def reno_loss(scores, weights=RENO):
-    """sum_i lambda_i (offset_i - R_i), (B,): what test-time optimisation descends and selects by."""
+    """sum_i lambda_i (offset_i - R_i), (B,): what test-time optimization descends and selects by."""
     return sum(w * REWARDS[name].offset for name, w in weights.items()) - weighted(scores, weights)
 
 

@@ -21,75 +21,34 @@ import functools
 import json
 import math
 import os
-import re
 import time
 
 import torch
-import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import evaluate as ev
 from data.prompts import read_prompts
 from data.tokens import RealTokens, TextFeatures, synthetic_prompts
-from data.weights import UserError, load_state, local, read_weights, replacing
 from dimo import SCHEDULES, aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio, student_logits
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
-from reward import REWARDS, SEED, load_judges, mix, reward_grad
+from machinery.checkpoint import FORMAT, logged, restarted, save_checkpoint, trim_log
+from machinery.errors import UserError, guard
+from machinery.files import local, replacing
+from machinery.flags import check_device
+from machinery.optim import Muon, ema_update, lr_factor, update
+from machinery.pictures import sheet, spread
+from machinery.processes import autocast, barrier, join_processes
+from machinery.profile import Profile
+from metrics.tables import headline, table
+from networks.weights import load_state, read_weights
+from recipes.tiny import RECIPES
+from reward import REWARDS, SEED, rewards_for, mix, reward_grad
 from soft_embed import ESTIMATORS, concentration, embed_tokens, sample_tokens, soft_embed
-from teachers import SPECS, check_device, load_teacher
+from teachers import SPECS, fixed_sample, generate_student, generate_teacher, load_teacher
+from worlds.judges import load_judge
 
 # ============================================================================================ settings
-# Tab. 5, one column a teacher; flags override it. `maskbit-long` is the second 50k steps (numbers in brackets there).
-# The tiny worlds' are ours, for 2 cores and minutes instead of 4 H100s and days: larger rates, an auxiliary faster than
-# the student. maskbit-tiny-scratch is Di[M]O from the teacher, and made the theta_0 from which maskbit-tiny goes on.
-# How the student starts and draws (init_ratio, noise, temperature) stands with the teacher, in teachers.SPECS.
-TABLE_5 = {
-    "maskbit": dict(
-        teacher="maskbit", batch=256, steps=50_000, cfg=1.5, beta=0.0, schedule="arccos", lr=1e-6, ema=0.9999,
-        w_gan=25.0, gan_ratio=[0.0, 0.95], heads=4, head_width=1024, head_mlp=2048, data="data/imagenet"),
-    # choice: feature noise 0.1; App. H.3 says "a noise perturbation for the features" and not how much
-    "maskgit": dict(
-        teacher="maskgit", batch=256, steps=30_000, cfg=2.0, beta=-0.2, schedule="arccos", lr=1e-5, ema=0.9999,
-        w_gan=100.0, gan_ratio=[0.0, 0.5], heads=4, head_width=1024, head_mlp=2048, feature_noise=0.1,
-        data="data/imagenet"),
-    "meissonic": dict(
-        teacher="meissonic", batch=16, steps=10_000, cfg=4.0, beta=0.0, schedule="cosine", ratio_range=[0.02, 0.98],
-        lr=1e-6, ema=0.9999, checkpointing=True, w_reward=2000.0),
-    "maskgen": dict(
-        teacher="maskgen", batch=64, steps=50_000, cfg=4.0, beta=0.0, schedule="arccos", lr=1e-6, ema=0.9999,
-        w_gan=100.0, gan_ratio=[0.0, 0.95], heads=6, head_width=1024, head_mlp=4096),
-    "maskbit-tiny-scratch": dict(
-        teacher="maskbit-tiny", batch=64, steps=1500, cfg=1.5, beta=0.0, schedule="arccos", lr=3e-4, aux_lr=8e-4,
-        ema=0.995, warmup=20, lr_end=0.05, w_gan=4.0, gan_ratio=[0.0, 0.95], heads=4, head_width=64, head_mlp=128,
-        feature_noise=0.1, data="assets/fashion/tokens.npz", log_every=20, eval_every=500, save_every=100),
-}
-TABLE_5["maskbit-long"] = dict(TABLE_5["maskbit"], optimizer="adamw", lr=5e-7, weight_decay=0.01, w_gan=200.0)
-TABLE_5["maskgit-512"] = dict(TABLE_5["maskgit"], teacher="maskgit-512")
-TABLE_5["maskgen-xl"] = dict(TABLE_5["maskgen"], teacher="maskgen-xl")
-TABLE_5["maskbit-tiny"] = dict(
-    TABLE_5["maskbit-tiny-scratch"], init_from="assets/fashion/theta0.safetensors", steps=150, student_start=30,
-    lr=1e-4, aux_lr=5e-4, disc_lr=1e-4, ema=0.98, gan=True, gan_start=0, eval_every=75, save_every=50)
-# choice: beta 0.5 (0 leaves crumbs) and Muon (a quarter of Adam's steps). No label smoothing: this teacher had none.
-TABLE_5["meissonic-tiny-scratch"] = dict(
-    TABLE_5["meissonic"], teacher="meissonic-tiny", batch=64, steps=6500, cfg=3.0, beta=0.5, schedule="arccos",
-    optimizer="muon", lr=1e-3, aux_lr=3e-3, ema=0.995, warmup=20, lr_end=0.05, smoothing=0.0, checkpointing=False,
-    heads=2, head_width=32, head_mlp=32, prompts="assets/shapes/prompts.txt", rewards={"imagereward": 1.0, "clip": 0.2},
-    reward_chunk=64, w_reward=100.0, clip_reward=0.5, log_every=50, eval_every=500, n_eval=600, save_every=500)
-# choice: an image's reward gradient is clipped, by itself: else two or three of 64 images decide on a step.
-# choice: bf16 on a CPU as well: a tenth faster with AMX.
-TABLE_5["meissonic-tiny"] = dict(
-    TABLE_5["meissonic-tiny-scratch"], init_from="assets/shapes/theta0.safetensors", steps=1000, student_start=50,
-    reward_start=50, dtype="bf16", eval_every=250, save_every=50)
-for name, prompts in (("maskgit", None), ("maskgen", "assets/prompts.txt")):
-    TABLE_5[f"{name}-tiny"] = dict(
-        TABLE_5[name], teacher=f"{name}-tiny", batch=8, steps=4, lr=1e-4, heads=2, head_width=32, head_mlp=32, gan_start=0,
-        data=None, prompts=prompts, eval_every=4, n_eval=16, log_every=1, save_every=2)
-
-
-FORMAT = 1              # of the checkpoint; another number where an older one cannot be resumed any more
 
 
 def flags():
@@ -107,7 +66,7 @@ def flags():
 
     g = ap.add_argument_group("run")
     add(g, "teacher", "maskbit-tiny", f"one of {', '.join(SPECS)}")
-    add(g, "recipe", None, f"column of Tab. 5, one of {', '.join(TABLE_5)}; the teacher's own if not given")
+    add(g, "recipe", None, f"column of Tab. 5, one of {', '.join(RECIPES)}; the teacher's own if not given")
     add(g, "out", "out/run", "folder for checkpoints, log.jsonl, pictures and the final table")
     add(g, "resume", False, "go on from the checkpoint in --out; its settings hold")
     add(g, "overwrite", False, "start anew where --out already holds a run")
@@ -133,7 +92,7 @@ def flags():
     add(g, "cfg_schedule", "constant", "guidance over the mask ratio (App. I.9)", choices=["constant", "linear", "cosine"])
     g = ap.add_argument_group("Di[M]O (Eq. 2)")
     add(g, "w_dimo", 1.0, "weight of the Di[M]O term")
-    add(g, "beta", 0.0, "divergence: 0 forward KL, 1 reverse KL, else generalised Jeffreys")
+    add(g, "beta", 0.0, "divergence: 0 forward KL, 1 reverse KL, else generalized Jeffreys")
     add(g, "init_ratio", 0.6, "share of masked units in x_init")
     add(g, "noise", 0.1, "embedding perturbation s of the start")
     add(g, "schedule", "arccos", "mask schedule, student's and auxiliary's", choices=SCHEDULES)
@@ -168,7 +127,7 @@ def flags():
         add(g, f"{name}_weights", None, "local file instead of the published one", type=str)
     add(g, "bert_vocab", None, "local file instead of the published one, for imagereward", type=str)
     add(g, "clip_cosine", False, "CLIP's reward is the bare cosine, not 100 times it")
-    g = ap.add_argument_group("optimiser")
+    g = ap.add_argument_group("optimizer")
     add(g, "optimizer", "adam", "adam, adamw, or muon for matrices", choices=["adam", "adamw", "muon"])
     add(g, "lr", 1e-6, "of the student")
     add(g, "aux_lr", None, "of the auxiliary; the student's if not given", type=float)
@@ -183,7 +142,7 @@ def flags():
     add(g, "device", "cuda" if torch.cuda.is_available() else "cpu", "where it runs", choices=["cuda", "cpu"])
     add(g, "dtype", "bf16" if torch.cuda.is_available() else "fp32", "autocast; weights stay float32", choices=["bf16", "fp32"])
     add(g, "compile", torch.cuda.is_available(), "torch.compile the networks in place: minutes at the start, faster steps")
-    add(g, "zero", False, "shard the optimisers' state over the processes (ZeRO stage 1): memory for traffic")
+    add(g, "zero", False, "shard the optimizers' state over the processes (ZeRO stage 1): memory for traffic")
     add(g, "profile", 0, "time N steps on random weights and tokens, print where the time goes, write nothing", metavar="N")
     add(g, "checkpointing", False, "recompute activations in the backward pass: memory for time")
     return ap, defaults
@@ -194,12 +153,12 @@ def settle(given, defaults):
     if given.get("teacher", "maskbit-tiny") not in SPECS:
         raise UserError(f"unknown --teacher {given['teacher']!r}: expected one of {', '.join(SPECS)}")
     name = given.get("recipe") or given.get("teacher", defaults["teacher"])
-    if name not in TABLE_5:
-        raise UserError(f"unknown --recipe {name!r}: expected one of {', '.join(TABLE_5)}")
-    own = SPECS[TABLE_5[name]["teacher"]].student
-    c = argparse.Namespace(**{**defaults, **own, **TABLE_5[name], **given, "recipe": name})
-    if c.teacher != TABLE_5[name]["teacher"]:
-        raise UserError(f"--recipe {name} is for --teacher {TABLE_5[name]['teacher']}, not {c.teacher}")
+    if name not in RECIPES:
+        raise UserError(f"unknown --recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    own = SPECS[RECIPES[name]["teacher"]].student
+    c = argparse.Namespace(**{**defaults, **own, **RECIPES[name], **given, "recipe": name})
+    if c.teacher != RECIPES[name]["teacher"]:
+        raise UserError(f"--recipe {name} is for --teacher {RECIPES[name]['teacher']}, not {c.teacher}")
     c.aux_lr, c.disc_lr = c.aux_lr or c.lr, c.disc_lr or c.lr
     if c.profile:                                     # one step to count in, three to warm up, one to trace
         vars(c).update(resume=False, random_weights=True, data=None, init_from="teacher", steps=c.profile + 5, eval_every=0,
@@ -229,7 +188,7 @@ def settle(given, defaults):
         raise UserError(f"--reward judges pictures by their prompts, and {c.teacher} draws classes: take a text teacher")
     if c.gan and not (c.data or c.profile):
         raise UserError("--gan compares with real images and found none: add --data FOLDER, written by data/imagenet.py "
-                        "or data/fashion.py, or leave out --gan")
+                        "or worlds/fashion.py, or leave out --gan")
     if SPECS[c.teacher].text and not (c.prompts or c.gan or c.profile):
         raise UserError(f"{c.teacher} draws what it is told: add --prompts FILE, one prompt a line (the paper's are "
                         "captions of LAION-Aesthetics; to try it, assets/prompts.txt)")
@@ -279,193 +238,11 @@ def draw_step(c, step, first, count, net, conditions):
     return r
 
 
-def lr_factor(n, warmup, steps, end=1.0):
-    """Linear warm-up (the first update has rate 0), then constant, or a cosine down to the share `end`."""
-    if n < warmup:
-        return n / warmup
-    return end + (1 - end) * (1 + math.cos(math.pi * (n - warmup) / max(steps - warmup, 1))) / 2
-
-
-@torch.no_grad()
-def ema_update(ema, net, n, decay):
-    """ema <- rate ema + (1 - rate) net, with the official ramp rate = min(decay, (1 + n) / (10 + n)), n = 0, 1, ..."""
-    rate = min(decay, (1 + n) / (10 + n))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
-
-
-class Muon:
-    """Matrices by Muon (Jordan et al. 2024), momentum made orthogonal and as large as Adam's steps; the rest by Adam.
-
-    Changes nothing where found_inf is 1, as fused Adam. # choice: torch's Muon does not read it on the device, so here
-    the host waits for it: this optimiser is for the tiny worlds.
-    """
-
-    found_inf = None
-
-    def __init__(self, params, lr, betas, eps, weight_decay, fused):
-        matrices, rest = ([p for p in params if (p.ndim == 2) == wanted] for wanted in (True, False))
-        self.parts = (torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.Adam(rest, lr, betas, eps, weight_decay, fused=fused))
-
-    param_groups = property(lambda self: [group for part in self.parts for group in part.param_groups])
-
-    def step(self):
-        for part in () if self.found_inf else self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none=True):
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self):
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states):
-        for part, state in zip(self.parts, states):
-            part.load_state_dict(state)
-
-
-def update(opt, params, clip, lr):
-    """Clip and step, unless the gradient is not finite; returns its norm before clipping, and 1 if it is not, else 0.
-
-    Both are tensors of the device, and the host does not wait for them: fused Adam reads found_inf there, and changes
-    nothing where it is 1. Under DDP the gradient is the average over processes, so all see the same norm, decide alike.
-    # choice: all three networks are clipped (App. H.1 does not say which); the official code clips the student alone.
-    """
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    found_inf = getattr(opt, "optim", opt).found_inf = (~torch.isfinite(norm)).float()        # .optim: behind --zero
-    for group in opt.param_groups:
-        group["lr"] = lr
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    return norm, found_inf
-
-
-def save_checkpoint(path, state):
-    """Write beside the old checkpoint, then rename: a kill or a full disk at any moment leaves the old one whole."""
-    try:
-        with replacing(path) as f:
-            torch.save(state, f)
-    except (OSError, RuntimeError) as err:            # torch's own writer reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.tmp")
-        raise UserError(f"could not write {path} ({err}); is the disk full? The previous checkpoint is untouched: "
-                        "make room and go on with --resume")
-
-
-def trim_log(path, step):
-    """Keep the whole lines of log.jsonl up to `step`: what a killed run wrote after its checkpoint is done again."""
-    if os.path.exists(path):
-        keep = []
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    if json.loads(line).get("step", 0) <= step:
-                        keep.append(line)
-        with replacing(path) as f:
-            f.write("".join(keep).encode())
-
-
-def logged(path):
-    """The evaluations in log.jsonl."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        return [row for row in map(json.loads, f) if "model" in row]
-
-
-def autocast(c):
-    return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bf16")
-
-
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
 # ================================================================================================= profile
-class Profile:
-    """--profile: milliseconds a phase, by marks on the device's own clock, and what they amount to.
-
-    The first step runs eagerly and is counted, FLOP by FLOP; three warm up; the last runs once more under torch.profiler.
-    """
-
-    SKIP, MATMUL = 4, re.compile(r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
-
-    def __init__(self, device):
-        self.cuda, self.phases, self.last, self.step = device.type == "cuda", {}, None, 0
-        self.flops, self.tracer = FlopCounterMode(display=False), None
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # it complains where there is no GPU
-
-    def clock(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def begin(self, step, steps):
-        self.step, self.stack = step, contextlib.ExitStack()
-        if step == 0:
-            self.stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self.stack.enter_context(self.flops)
-        if step == steps - 1:
-            kind = torch.profiler.ProfilerActivity
-            self.tracer = self.stack.enter_context(torch.profiler.profile(activities=[kind.CUDA if self.cuda else kind.CPU]))
-        self.last = self.clock()
-
-    def mark(self, phase):
-        """What has been queued since the last mark was this phase."""
-        now = self.clock()
-        if self.step >= self.SKIP and self.tracer is None:
-            self.phases.setdefault(phase, []).append((self.last, now))
-        self.last = now
-
-    def end(self):
-        self.mark("other")
-        self.stack.close()
-
-    def report(self, c, net, e, cond):
-        """Print the table; returns it as a dict."""
-        device = next(net.parameters()).device
-        between = lambda a, b: a.elapsed_time(b) if self.cuda else 1000 * (b - a)
-
-        def fastest(f, n=5):
-            """ms of the fastest of n calls, after two."""
-            times = []
-            for _ in range(n + 2):
-                start = self.clock()
-                f()
-                stop = self.clock()
-                if self.cuda:
-                    torch.cuda.synchronize()
-                times.append(between(start, stop))
-            return min(times[2:])
-
-        if self.cuda:
-            torch.cuda.synchronize()
-        ms = {phase: sum(between(*pair) for pair in pairs) / c.profile for phase, pairs in self.phases.items()}
-        total, flops = sum(ms.values()), self.flops.get_total_flops()
-        side = 8192 if self.cuda else 2048
-        a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if c.dtype == "bf16" else torch.float32)
-        ceiling = 2 * side**3 / fastest(lambda: a @ a) / 1e9                                  # TFLOP/s
-        with torch.no_grad(), autocast(c):
-            forward = fastest(lambda: net(e, cond))
-        spent = {}
-        for event in self.tracer.key_averages():
-            if event.device_type == (torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU):
-                spent[event.key] = event.self_device_time_total if self.cuda else event.self_cpu_time_total
-        other = 1 - sum(t for key, t in spent.items() if self.MATMUL.search(key)) / sum(spent.values())
-        row = dict(ms=total, forward_ms=forward, passes=total / forward / c.accum, images_per_s=1000 * c.batch / total,
-                   tflop=flops / 1e12, tflop_per_s=flops / total / 1e9, ceiling_tflop_per_s=ceiling,
-                   share_of_ceiling=flops / total / 1e9 / ceiling, not_matmul=other,
-                   peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None, phases=ms)
-        print("\n".join(f"{phase:24s} {t:9.2f} ms  {t / total:6.1%}" for phase, t in ms.items()))
-        print(f"{'a step':24s} {total:9.2f} ms, {row['images_per_s']:.1f} images/s; {row['passes']:.2f} forward passes of "
-              f"{forward:.2f} ms\n{row['tflop']:.3f} TFLOP a step on this process, {row['tflop_per_s']:.2f} TFLOP/s: "
-              f"{row['share_of_ceiling']:.1%} of the {ceiling:.2f} that one {side} x {side} {c.dtype} product reaches\n"
-              f"{other:.1%} of the time is not in matrix products"
-              + (f"; peak memory {row['peak_gb']:.1f} GB" if self.cuda else ""))
-        return row
 
 
 # ============================================================================================== evaluation
@@ -474,18 +251,18 @@ def student_row(c, teacher, net, model, judge, say):
     if judge is None or not c.n_eval:
         return None
     row = judge(one_step(c, teacher, net), c.n_eval, desc=model if say is print else None)
-    say(f"{model}: {ev.headline(row)}")
+    say(f"{model}: {headline(row)}")
     return dict(model=model, kind="student", steps=1, temperature=c.temperature, **row)
 
 
 def show(c, make, teacher, conditions):
     """The pictures of a strip, from starts that are the same at every look."""
-    with autocast(c):
-        return ev.fixed_sample(make, conditions, n=20 if teacher.spec.image[1] < 100 else 4)
+    with autocast(c.device, c.dtype == "bf16"):
+        return fixed_sample(make, conditions, n=20 if teacher.spec.image[1] < 100 else 4)
 
 
 def one_step(c, teacher, net):
-    return functools.partial(ev.generate_student, teacher, net, init_ratio=c.init_ratio, noise=c.noise,
+    return functools.partial(generate_student, teacher, net, init_ratio=c.init_ratio, noise=c.noise,
                              temperature=c.temperature)
 
 
@@ -507,16 +284,16 @@ def finish(c, teacher, start, student, rows, conditions, prompts, judge, say):
     if not c.eval_every:
         return
     steps = next(iter(teacher.spec.sampling))
-    many = functools.partial(ev.generate_teacher, teacher, steps=steps)
+    many = functools.partial(generate_teacher, teacher, steps=steps)
     if first:
-        ev.sheet([(f"teacher, {steps} guided steps", show(c, many, teacher, conditions)),
+        sheet([(f"teacher, {steps} guided steps", show(c, many, teacher, conditions)),
                   ("start of this run, 1 step", start),
                   ("student, 1 step", show(c, one_step(c, teacher, student), teacher, conditions))],
-                 os.path.join(c.out, "picture.png"), words=prompts and ev.spread(prompts, len(start)))
+                 os.path.join(c.out, "picture.png"), words=prompts and spread(prompts, len(start)))
         say(f"wrote {c.out}/picture.png")
     if not rows:
         return
-    with autocast(c):
+    with autocast(c.device, c.dtype == "bf16"):
         timed = judge(many, 500 if teacher.spec.record else c.n_eval, desc="the teacher" if first else None)
     if teacher.spec.record:
         with open(local(teacher.spec.record)) as f:
@@ -529,7 +306,7 @@ def finish(c, teacher, start, student, rows, conditions, prompts, judge, say):
     if first:
         with open(os.path.join(c.out, "results.jsonl"), "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-        text = ev.table(rows)
+        text = table(rows)
         with open(os.path.join(c.out, "table.md"), "w") as f:
             f.write(text + "\n")
         say("\n" + text)
@@ -539,7 +316,7 @@ def finish(c, teacher, start, student, rows, conditions, prompts, judge, say):
 def train(c):
     # ------------------------------------------------------------------------------- processes and device
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = ev.join_processes(c.device)
+    device = join_processes(c.device)
     torch.set_float32_matmul_precision("high")        # TF32 where a GPU has it, for what stays in float32
     say = print if rank == 0 else lambda *a, **k: None
     micro = c.batch // (world * c.accum)              # images a forward pass
@@ -549,7 +326,7 @@ def train(c):
                            c.text_activation)
     net, spec = teacher.net, teacher.spec
     E, bias = net.tables()                            # frozen, so one table serves teacher, student and auxiliary
-    unit = teacher.noise_unit()
+    unit = teacher.noise_scale()
     student = copy.deepcopy(net)
     if c.init_from and c.init_from != "teacher":
         state = read_weights(local(c.init_from))
@@ -576,7 +353,7 @@ def train(c):
     if features.why:
         say(features.why)
     if c.reward:
-        rewards = load_judges(spec, c.rewards, {name: getattr(c, f"{name}_weights") for name in c.rewards}, c.random_weights,
+        rewards = rewards_for(spec, c.rewards, {name: getattr(c, f"{name}_weights") for name in c.rewards}, c.random_weights,
                               device=device, dtype=torch.bfloat16 if c.dtype == "bf16" else None, vocab=c.bert_vocab,
                               clip_scaled=not c.clip_cosine, checkpointing=c.checkpointing)
         if not c.w_dimo:
@@ -610,8 +387,7 @@ def train(c):
         if not c.resume and os.path.exists(ckpt_path):
             os.remove(ckpt_path)                      # --overwrite: a restart must not go on with the older run
         trim_log(log_path, first_step if c.resume else -1)
-    if world > 1:
-        dist.barrier()                                # the log is whole before any process reads it
+    barrier()                                # the log is whole before any process reads it
     say(f"{spec.name}: {count(net):,} parameters, " + (f"discriminator {count(disc):,}, {len(real_data.labels):,} real "
         "images" if c.gan else "no GAN") + f"; {world} process(es), {device}, {c.dtype}; step {first_step} of {c.steps}")
     if not c.profile:
@@ -632,7 +408,7 @@ def train(c):
                 f.write(json.dumps(row) + "\n")
 
     # ------------------------------------------------------------------------------------------ evaluation
-    judge = ev.load_judge(teacher, device)
+    judge = load_judge(teacher, device)
     if judge is None:
         say(f"{spec.name}: samples are drawn, not judged, while it trains; for FID see evaluate.py --reference")
     rows = logged(log_path)                           # of the part before a resume
@@ -644,8 +420,8 @@ def train(c):
             log(dict(step=step, **row))
         if rank == 0:
             img = show(c, one_step(c, teacher, net), teacher, conditions)
-            ev.sheet([(model, img)], os.path.join(c.out, f"samples_{step:06d}.png"),
-                     words=prompts and ev.spread(prompts, len(img)))
+            sheet([(model, img)], os.path.join(c.out, f"samples_{step:06d}.png"),
+                     words=prompts and spread(prompts, len(img)))
 
     # --------------------------------------------------------------------------------- compile, then wrap
     if c.compile:                                     # in place: state-dict keys stay as they are
@@ -684,7 +460,7 @@ def train(c):
                 r.x_real, r.which = real_data.batch(step * c.batch + first, micro)
             r.cond = cond = features(r.which)
             x_init = initial_tokens(r.tokens, c.init_ratio, r.scores, net.V)                  # l. 4
-            with autocast(c), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
+            with autocast(c.device, c.dtype == "bf16"), hold(wrapped["student"], a), torch.set_grad_enabled(learning):
                 model = wrapped["student"] if learning else student
                 z = student_logits(model, x_init, cond, E, bias, c.noise, r.noise * unit)     # l. 5: (B, L, G, V)
             r.z, r.x = z.detach(), sample_tokens(z.detach(), u=r.u)                           # l. 6
@@ -696,13 +472,13 @@ def train(c):
                        else embed_tokens(r.x.masked_fill(mask, net.V), E, bias))
                 w = c.cfg if c.cfg_schedule == "constant" else guidance_scale(r.ratio, c.cfg, c.cfg_low, c.cfg_schedule)
                 weight = 1.0 if c.w_t == "one" else 1 / r.ratio
-                with autocast(c):
+                with autocast(c.device, c.dtype == "bf16"):
                     g = dimo_grad(net, aux, e_t, cond, mask, w, c.beta, weight)               # l. 9-11
                 terms["dimo"] = c.w_dimo / (micro * c.accum) * g      # DDP's average makes this a sum / global batch
                 mark("Di[M]O: teacher, aux")
             if learning and gan_on:
                 mask = exact_mask(r.ratio_gan, r.scores_gan, least=0)
-                with autocast(c):
+                with autocast(c.device, c.dtype == "bf16"):
                     g, _ = gan_grad(r.z, disc, net, cond, mask, E, bias, c.estimator, c.tau, c.feature_noise)
                 terms["gan"] = c.w_gan / c.accum * g                                          # l. 14
                 mark("GAN gradient")
@@ -728,13 +504,13 @@ def train(c):
             if c.redraw:   # choice: off, x_theta is used again (l. 20); the official code draws all anew, from the new theta
                 r.cond = r.cond if c.gan else features(r.again.which)
                 x_init = initial_tokens(r.again.tokens, c.init_ratio, r.again.scores, net.V)
-                with torch.no_grad(), autocast(c):
+                with torch.no_grad(), autocast(c.device, c.dtype == "bf16"):
                     z = student_logits(student, x_init, r.cond, E, bias, c.noise, r.again.noise * unit)
                 x = sample_tokens(z, u=r.again.u)
             else:
                 z, x = r.z, r.x
             mask = exact_mask(r.ratio_aux, r.scores_aux)                                      # l. 20
-            with autocast(c), hold(wrapped["aux"], a):
+            with autocast(c.device, c.dtype == "bf16"), hold(wrapped["aux"], a):
                 z_aux = wrapped["aux"](embed_tokens(x.masked_fill(mask, net.V), E, bias), r.cond)
                 loss_aux = aux_loss(z_aux, x, mask, c.smoothing, r.aux_units / world, z, c.soft_target)
                 loss_aux.backward()                                                           # Eq. (1), l. 21
@@ -747,7 +523,7 @@ def train(c):
         if c.gan:
             for a, r in enumerate(batches):
                 mask = exact_mask(r.ratio_disc, r.scores_disc, least=0)                       # l. 23: one for both
-                with autocast(c), hold(wrapped["disc"], a):
+                with autocast(c.device, c.dtype == "bf16"), hold(wrapped["disc"], a):
                     d_real, d_fake = disc_logits(r.z, r.x_real, wrapped["disc"], net, r.cond, mask, E, bias,
                                                  c.estimator, c.tau, c.feature_noise)
                     loss_disc = disc_loss(d_real, d_fake)                                     # Eq. (7), l. 25
@@ -796,62 +572,33 @@ def train(c):
     finish(c, teacher, start, ema, rows, conditions, prompts, judge, say)
 
 
-def restarted(path):
-    """Is this a restart by torchrun --max-restarts, of a run that has the checkpoint `path` already?
-
-    On several nodes each torchrun counts only the restarts that its own processes caused. What all share is the name of
-    the launch (--rdzv_id), which the checkpoint has too.
-    """
-    env = os.environ
-    if not os.path.exists(path) or "TORCHELASTIC_RUN_ID" not in env:
-        return False
-    if env["GROUP_WORLD_SIZE"] == "1":
-        return env["TORCHELASTIC_RESTART_COUNT"] != "0"
-    return read_weights(path).get("launch") == env["TORCHELASTIC_RUN_ID"]
-
-
 def main():
     ap, defaults = flags()
     given = vars(ap.parse_args())
-    try:
-        out = given.get("out", defaults["out"])
-        if restarted(os.path.join(out, "ckpt.pt")):
-            given = dict(given, resume=True, overwrite=False)
-        if given.get("resume"):
-            path = os.path.join(out, "ckpt.pt")
-            state = read_weights(path)
-            if "config" not in state:
-                raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by --init_from")
-            if state.get("format") != FORMAT:
-                raise UserError(f"{path} was written by another version of train.py (format {state.get('format')}, here "
-                                f"{FORMAT}): finish it with that version, or start from its weights by --init_from {path}")
-            config = {**state["config"], "out": out}             # a checkpoint says what to read, not where to write
-            if config["text_cache"] != "off":
-                config["text_cache"] = "memory"
-            for key in ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer"):
-                if key in given and given[key] != config[key]:
-                    raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: "
-                                    "leave the flag out, or start another run in another --out")
-            given = {**config, **given}
-        c = settle(given, defaults)
-        train(c)
-    except UserError as err:
-        ap.exit(2, f"train.py: {err}\n")
-    except torch.OutOfMemoryError as err:
-        ap.exit(2, f"train.py: {str(err).splitlines()[0]} Take --accum 2 or more, --checkpointing, or a smaller --batch\n")
-    except RuntimeError as err:
-        if type(err).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            ap.exit(2, f"train.py: --compile failed ({str(err).splitlines()[0][:200]}): --no-compile does without\n")
-        if not ev.peer_is_gone(err):
-            raise
-        ap.exit(3, f"train.py: another process is gone ({str(err).splitlines()[0][:200]}). Its own message says why; go on from "
-                   "the last checkpoint with --resume, or let torchrun do so with --max-restarts\n")
-    except OSError as err:                            # --out cannot be written, the disk is full, a file went away
-        ap.exit(2, f"train.py: {err}. The last checkpoint, if there is one, is whole: go on with --resume\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    out = given.get("out", defaults["out"])
+    if restarted(os.path.join(out, "ckpt.pt")):
+        given = dict(given, resume=True, overwrite=False)
+    if given.get("resume"):
+        path = os.path.join(out, "ckpt.pt")
+        state = read_weights(path)
+        if "config" not in state:
+            raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by --init_from")
+        if state.get("format") != FORMAT:
+            raise UserError(f"{path} was written by another version of train.py (format {state.get('format')}, here "
+                            f"{FORMAT}): finish it with that version, or start from its weights by --init_from {path}")
+        config = {**state["config"], "out": out}             # a checkpoint says what to read, not where to write
+        if config["text_cache"] != "off":
+            config["text_cache"] = "memory"
+        for key in ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer"):
+            if key in given and given[key] != config[key]:
+                raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: "
+                                "leave the flag out, or start another run in another --out")
+        given = {**config, **given}
+    c = settle(given, defaults)
+    train(c)
 
 
 if __name__ == "__main__":
-    main()
+    guard(main, out_of_memory="take --accum 2 or more, --checkpointing, or a smaller --batch",
+          cannot_write="the last checkpoint, if there is one, is whole: go on with --resume",
+          peer_lost="go on from the last checkpoint with --resume, or let torchrun do so with --max-restarts")

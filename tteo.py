@@ -1,17 +1,17 @@
-"""Test-time embedding optimisation, TTEO: spend seconds at one prompt, and get a better picture (Sec. 3.2.3).
+"""Test-time embedding optimization, TTEO: spend seconds at one prompt, and get a better picture (Sec. 3.2.3).
 
 A one-step generator is differentiable from its input to its logits. Soft embeddings bridge the two gaps beside it,
 tokens -> input and logits -> tokenizer, so a reward R of the pixels and the prompt c has a gradient at the input:
 
     e* = argmax R(Dec(Emb_Dec(z_theta(e_in))), c)  over e_in                                  (Eq. 11)
 
-Optimised is e_in (L, d), which starts as the frozen table's rows at the tokens of x_init. All positions move, the
+Optimized is e_in (L, d), which starts as the frozen table's rows at the tokens of x_init. All positions move, the
 masked ones too: a mask is one more row. After one update e_in is no sequence's embedding any more, and need not be.
 Weights, prompt, and the start's noise stay fixed. Nothing is sampled on the way, for two reasons: a draw would cut
 the gradient, and iterates could not be compared, for one might owe its reward to a lucky draw.
 
 The loop is ReNO's (Eyring et al. 2024): gradient descent with momentum, and the best image seen is kept. Counting,
-as there: k iterations are k images and k - 1 updates. Iteration 0 is the unoptimised start, and takes part in the
+as there: k iterations are k images and k - 1 updates. Iteration 0 is the unoptimized start, and takes part in the
 selection, so the result is never worse than without, by R's account. N starts (four in the paper, with k = 4) share
 a batch. Their losses are summed, not averaged: so each start sees the gradient of its own loss, whatever N is, and
 lr means the same. The best of all starts and iterations is the sample. With k = 1 that is best-of-N, the baseline.
@@ -36,14 +36,20 @@ from typing import NamedTuple
 
 import torch
 
-import reward
-from data.weights import UserError, fingerprint
 from dimo import initial_tokens
+from machinery.errors import UserError, guard
+from machinery.files import fingerprint
+from machinery.flags import check_device, number
+from machinery.pictures import sheet, spread
+from machinery.processes import now
+from metrics.tables import table
+from reward import RENO, clip_each, rewards_for, reno_loss, weighted
 from soft_embed import embed_tokens, soft_embed
-from teachers import check_device, load_student, load_teacher
+from teachers import FILES, fixed_sample, load_student, load_teacher, to_bytes
+from worlds.judges import judge_shapes
+from worlds.shapes import benchmark as shapes_benchmark
 
 
-# --------------------------------------------------------------------------------------------- the loop
 class Best(NamedTuple):
     """The best iterate of each of N starts."""
 
@@ -69,11 +75,11 @@ def like(per_start, t):
     return per_start.view(-1, *[1] * (t.ndim - 1))
 
 
-def optimise(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=True, clip=None, regularise=0.0):
+def optimize(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=True, clip=None, regularize=0.0):
     """ReNO's loop on N starts e (N, ...) at once: a Best. No parameter of any network gets a gradient.
 
     image_of(e) -> images (N, ...), loss_of(images) -> (N,), smaller is better; neither may mix starts, or draw.
-    regularise is the weight of the norm penalty, which steers but does not select; clip as in `reward.clip_each`.
+    regularize is the weight of the norm penalty, which steers but does not select; clip as in `clip_each`.
     # choice: momentum, Nesterov and the counting are ReNO's. The paper states SGD, lr 0.2 and no clipping; its
     Tab. 6 agrees with the counting, see above.
     """
@@ -86,7 +92,7 @@ def optimise(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=
         with torch.set_grad_enabled(not last):                    # no update follows the last image: no graph
             img = image_of(e)
             loss = loss_of(img)                                                               # (N,)
-            total = loss.sum() + (regularise * norm_penalty(e).sum() if regularise else 0.0)  # a sum, not a mean
+            total = loss.sum() + (regularize * norm_penalty(e).sum() if regularize else 0.0)  # a sum, not a mean
         history.append(loss.detach())
         new = e.detach(), img.detach(), history[k], torch.full_like(loss, k, dtype=torch.long)
         if k == 0:
@@ -96,11 +102,10 @@ def optimise(e, image_of, loss_of, iterations=4, lr=0.2, momentum=0.9, nesterov=
         if last:
             return Best(*best, torch.stack(history))
         g = torch.autograd.grad(total, e)[0]                      # of e alone: the weights' gradients stay None
-        e.grad = g if clip is None else reward.clip_each(g, clip, eps=1e-6)                   # eps as in ReNO
+        e.grad = g if clip is None else clip_each(g, clip, eps=1e-6)                   # eps as in ReNO
         opt.step()
 
 
-# ------------------------------------------------------------------------------- from a prompt to an image
 def draw_starts(teacher, net, cond, n, init_ratio, generator=None):
     """n starts for each row of cond: x_init (B, L, G), e_in (B, L, d), noise (B, L, d), and the rows repeated.
 
@@ -142,7 +147,7 @@ def tteo(teacher, net, what, loss_of, starts=4, iterations=4, init_ratio=None, n
 
     what: a list of prompts, or rows of teacher.conditions. loss_of(images (B, C, H, W), a list of what each was
     asked for) -> (B,). init_ratio, noise: as the teacher's students start, if not given. chunk: starts that share a
-    batch, all by default; the result is the same. sgd: lr, momentum, nesterov, clip, regularise of `optimise`.
+    batch, all by default; the result is the same. sgd: lr, momentum, nesterov, clip, regularize of `optimize`.
     # choice: the images are the soft ones, which the rewards saw; the paper does not say that tokens are drawn.
     """
     assert not (net.training or teacher.tokenizer.training), "expected networks in eval mode: dropout would redraw"
@@ -158,7 +163,7 @@ def tteo(teacher, net, what, loss_of, starts=4, iterations=4, init_ratio=None, n
     for i in range(0, len(e), size):
         e_i, n_i, asked_i, *cond_i = (t[i : i + size] for t in (e, n, asked, *cond))
         image_of = lambda e: soft_image(teacher, net, e, tuple(cond_i), s, n_i, tau)
-        runs.append(optimise(e_i, image_of, lambda img: loss_of(img, asked_i), iterations, **sgd))
+        runs.append(optimize(e_i, image_of, lambda img: loss_of(img, asked_i), iterations, **sgd))
     *best, history = zip(*runs)
     every = Best(*(torch.cat(t).unflatten(0, (-1, starts)) for t in best),
                  torch.cat(history, 1).unflatten(1, (-1, starts)))
@@ -172,19 +177,10 @@ def best_of(teacher, net, what, loss_of, n=4, **kwargs):
     return tteo(teacher, net, what, loss_of, starts=n, iterations=1, **kwargs)
 
 
-def now(device):
-    """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-# ----------------------------------------------------------------------------------------- command line
-JUDGES = "hps", "imagereward", "clip", "pickscore"
+REWARD_NAMES = "hps", "imagereward", "clip", "pickscore"
 
 
 def flags():
-    from evaluate import number
 
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument_group("what to draw, and who draws").add_argument
@@ -194,12 +190,12 @@ def flags():
     add("--ckpt", metavar="PATH", help="the student: a checkpoint of train.py, or bare weights with --teacher; "
         "without, the teacher itself takes the one step")
     add("--teacher", metavar="NAME", help="a text teacher: meissonic, maskgen, maskgen-xl, meissonic-tiny")
-    for role in ("teacher", "tokenizer", "text", *JUDGES):
+    for role in ("teacher", "tokenizer", "text", *REWARD_NAMES):
         add(f"--{role}_weights", metavar="PATH", help="local file instead of the published one")
     add("--bert_vocab", metavar="PATH", help="likewise, for imagereward's tokenizer")
     add("--text_activation", choices=["gelu", "quick_gelu"], help="of the text encoder")
     add("--random_weights", action="store_true", help="networks and rewards without files, to try memory and speed")
-    add("--rewards", nargs="+", choices=JUDGES, help="those to climb, in ReNO's mix (default: all four; a tiny world's own)")
+    add("--rewards", nargs="+", choices=REWARD_NAMES, help="those to climb, in ReNO's mix (default: all four; a tiny world's own)")
     add("--scale", type=number(0), default=1.0, help="times their weights (%(default)s)")
 
     add = ap.add_argument_group("how (default: as the paper; where it is silent, as ReNO)").add_argument
@@ -208,7 +204,7 @@ def flags():
     add("--lr", type=number(0), default=0.2, help="of SGD (%(default)s; ReNO has 5, and clips)")
     add("--momentum", type=number(0, 1), default=0.9, help="Nesterov's (%(default)s)")
     add("--clip", type=number(0), help="largest gradient norm of a start (default: none; ReNO has 0.1)")
-    add("--regularise", type=number(0), default=0.0, help="weight of the norm penalty (%(default)s; ReNO has 0.01)")
+    add("--regularize", type=number(0), default=0.0, help="weight of the norm penalty (%(default)s; ReNO has 0.01)")
     add("--seed", type=number(0, 2**32, int), default=0, help="of the starts (%(default)s)")
 
     add = ap.add_argument_group("system").add_argument
@@ -225,12 +221,10 @@ def benchmark(args, teacher, net, rewards, loss_of, start, sgd, batch=20):
 
     Three columns of Tab. 6, on the world where GenEval is exact. Pictures are the soft ones in all three.
     """
-    import evaluate as ev
-    from data import shapes
 
     if not teacher.spec.rewards:
         raise UserError(f"--benchmark is of the world of shapes, which {teacher.spec.name} does not draw: give it a --prompt")
-    prompts, _ = shapes.benchmark(args.benchmark, args.seed)
+    prompts, _ = shapes_benchmark(args.benchmark, args.seed)
     conditions, rows, sheets = teacher.conditions(prompts), [], []
     asked = dict(zip(map(tuple, conditions.tolist()), prompts))   # what a row of conditions says
 
@@ -240,7 +234,7 @@ def benchmark(args, teacher, net, rewards, loss_of, start, sgd, batch=20):
                          **start, **sgd)
         if seconds is not None:
             seconds["all"] += found.seconds
-        return ev.to_bytes(found.img, teacher.spec)
+        return to_bytes(found.img, teacher.spec)
 
     def seconds_of(n, k):
         draw(conditions[:batch], n, k, torch.Generator(args.device), seconds := Counter())
@@ -253,23 +247,22 @@ def benchmark(args, teacher, net, rewards, loss_of, start, sgd, batch=20):
     for name, n, k in (("1 start", 1, 1), (f"TTEO, {args.starts} starts x {args.iterations}", args.starts, args.iterations),
                        (f"best of {many}", many, 1)):
         make_images = functools.partial(draw, n=n, k=k)
-        row = ev.evaluate_prompts(teacher, rewards, make_images, args.benchmark, batch, args.seed, name)
+        row = judge_shapes(teacher, rewards, make_images, args.benchmark, batch, args.seed, name)
         rows.append({"model": name, "steps": 1, **row, **start, "sgd": sgd, "student": fingerprint(net)})
-        sheets.append((name, ev.fixed_sample(make_images, conditions, 20, args.seed)))
+        sheets.append((name, fixed_sample(make_images, conditions, 20, args.seed)))
     with open(os.path.join(args.out, "results.jsonl"), "a") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    ev.sheet(sheets, os.path.join(args.out, "tteo.png"), words=ev.spread(prompts, 20))
-    print(ev.table(rows))
+    sheet(sheets, os.path.join(args.out, "tteo.png"), words=spread(prompts, 20))
+    print(table(rows))
 
 
 def main(args):
-    import evaluate as ev
 
     # ------------------------------------------------------------------------------- networks and rewards
     check_device(args.device)
     if not (args.ckpt or args.teacher):
         raise UserError("who draws? Name a student by --ckpt PATH, or a text teacher by --teacher NAME")
-    files = {k: getattr(args, k) for k in ev.FILES}
+    files = {k: getattr(args, k) for k in FILES}
     if args.ckpt:
         teacher, net, config = load_student(args.ckpt, args.teacher, args.device, **files)
     else:
@@ -282,17 +275,17 @@ def main(args):
     except OSError as err:
         raise UserError(f"--out {args.out}: cannot write there ({err.strerror})")
     own = teacher.spec.rewards                        # a tiny world's judges; the published ones are mixed as by ReNO
-    weights = {name: args.scale * (1.0 if name in own else reward.RENO[name]) for name in args.rewards or own or JUDGES}
-    rewards = reward.load_judges(teacher.spec, weights, {name: getattr(args, f"{name}_weights") for name in weights},
+    weights = {name: args.scale * (1.0 if name in own else RENO[name]) for name in args.rewards or own or REWARD_NAMES}
+    rewards = rewards_for(teacher.spec, weights, {name: getattr(args, f"{name}_weights") for name in weights},
                                  args.random_weights, device=args.device, vocab=args.bert_vocab,
                                  dtype=torch.bfloat16 if args.bf16 else None, checkpointing=args.checkpointing)
-    loss_of = lambda img, prompts: reward.reno_loss(rewards(img, prompts), weights)           # (B,)
+    loss_of = lambda img, prompts: reno_loss(rewards(img, prompts), weights)           # (B,)
     for m in (net, teacher.tokenizer):
         m.set_checkpointing(args.checkpointing)
 
     config = {**teacher.spec.student, **config}
     start = {k: config[k] for k in ("init_ratio", "noise")}
-    sgd = {k: getattr(args, k) for k in ("lr", "momentum", "clip", "regularise")}
+    sgd = {k: getattr(args, k) for k in ("lr", "momentum", "clip", "regularize")}
     if args.benchmark:
         return benchmark(args, teacher, net, rewards, loss_of, start, sgd)
 
@@ -313,7 +306,7 @@ def main(args):
 
     # -------------------------------------------------------------------------------- table, record, picture
     captions = f"best of {args.starts} starts", "the same, with TTEO", f"best of {n} others"
-    rows = [dict(score=reward.weighted(score, weights).item(), loss=found.loss.item(), seconds=found.seconds,
+    rows = [dict(score=weighted(score, weights).item(), loss=found.loss.item(), seconds=found.seconds,
                  **{name: score[name].item() for name in weights})
             for found, score in zip((before, after, fresh), scores)]
     print(" " * 24 + "".join(f"{column:>13s}" for column in rows[0]))
@@ -328,14 +321,10 @@ def main(args):
                   time=time.strftime("%Y-%m-%d %H:%M:%S"))
     with open(os.path.join(args.out, "results.jsonl"), "a") as f:
         f.write(json.dumps(record) + "\n")
-    pixels = lambda img: ev.to_bytes(img, teacher.spec)
-    ev.sheet([(f"{args.starts} starts", pixels(before.every.img[0])), (captions[1], pixels(after.every.img[0])),
+    pixels = lambda img: to_bytes(img, teacher.spec)
+    sheet([(f"{args.starts} starts", pixels(before.every.img[0])), (captions[1], pixels(after.every.img[0])),
               (captions[2], pixels(fresh.img))], os.path.join(args.out, "tteo.png"), columns=args.starts)
 
 
 if __name__ == "__main__":
-    ap = flags()
-    try:
-        main(ap.parse_args())
-    except UserError as err:
-        ap.exit(2, f"tteo.py: {err}\n")
+    guard(lambda: main(flags().parse_args()))

@@ -7,11 +7,11 @@
 Class ids are the subfolders' ranks by name: ImageNet's WordNet ids, sorted, are what the published teachers learned.
 An image becomes one row, or more (its variants, side by side):
 
-    plain    shorter side resized to the teacher's size (Pillow's antialiased bicubic), centre crop
+    plain    shorter side resized to the teacher's size (Pillow's antialiased bicubic), center crop
     --flip   the same, mirrored
     --crops  K random-resized crops, as the teacher was trained: area 0.8 to 1 of the image, square, mirrored with
              p = 1/2. A square of that area fits only where the sides differ by less than 5:4. Other images, most of
-             ImageNet's, fall back to the centre square, so their crops are the plain image or its mirror.
+             ImageNet's, fall back to the center square, so their crops are the plain image or its mirror.
 
 Kill it whenever you like; the same command goes on where it stopped. Unreadable images are left out and listed in
 skipped.txt. The result is the folder that data/tokens.py describes.
@@ -28,91 +28,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data.images import list_images, variants  # noqa: E402
 from data.tokens import describe, load_tokenizer, token_dtype  # noqa: E402
-from data.weights import UserError, replacing  # noqa: E402
+from machinery.errors import UserError, guard  # noqa: E402
+from machinery.files import replacing  # noqa: E402
 from teachers import SPECS  # noqa: E402
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 ARRAYS = ("tokens.npy", "labels.npy")
 SAVE_EVERY = 5.0                                      # seconds of work that a kill may cost
 
 
-# ==================================================================================================== images
-def list_images(folder):
-    """(class names, file names relative to the folder, class ids), all sorted by name."""
-    if not os.path.isdir(folder):
-        raise UserError(f"no folder at {folder}")
-    classes = sorted(d.name for d in os.scandir(folder) if d.is_dir() and not d.name.startswith("."))
-    if not classes:
-        raise UserError(f"{folder} has no subfolders: expected one for each class, as in train/n01440764/*.JPEG")
-    names, labels, empty = [], [], []
-    for label, name in enumerate(classes):
-        found = sorted(os.path.relpath(os.path.join(where, f), folder) for where, _, files
-                       in os.walk(os.path.join(folder, name)) for f in files
-                       if f.lower().endswith(SUFFIXES) and not f.startswith("."))
-        names, labels = names + found, labels + [label] * len(found)
-        empty += [] if found else [name]
-    if empty:
-        raise UserError(f"{len(empty)} of the {len(classes)} class folders in {folder} hold no images "
-                        f"({', '.join(empty[:4])}{', ...' if len(empty) > 4 else ''}): fill or remove them")
-    return classes, names, labels
-
-
-def convert(img, mode):
-    """Any Pillow image as 8-bit "RGB" or "L": 16-bit grey keeps its high byte, transparency is laid on white."""
-    # choice: an EXIF orientation is ignored, as in the teachers' own training pipelines.
-    if img.mode.startswith("I"):                      # Pillow itself would clip 16 bits to 255
-        img = Image.fromarray((np.asarray(img).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if img.has_transparency_data:
-        img = img.convert("RGBA")
-        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-    return img.convert("RGB").convert(mode)           # by way of RGB, since CMYK has no direct path to grey
-
-
-def centre_crop(img, size):
-    """Shorter side resized to `size`, then the central square."""
-    w, h = (int(size * n / min(img.size)) for n in img.size)
-    x, y = round((w - size) / 2), round((h - size) / 2)
-    return img.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + size, y + size))
-
-
-def random_crop(img, size, rng, tries=10):
-    """A random square of 0.8 to 1 of the area, resized and perhaps mirrored; the central one where none fits."""
-    (w, h), side = img.size, min(img.size)
-    x, y = (w - side) // 2, (h - side) // 2
-    for _ in range(tries):
-        drawn = round(math.sqrt(rng.uniform(0.8, 1.0) * w * h))
-        if drawn <= side:
-            x, y, side = rng.integers(w - drawn + 1), rng.integers(h - drawn + 1), drawn
-            break
-    img = img.crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return mirror(img) if rng.random() < 0.5 else img
-
-
-def mirror(img):
-    return img.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
-def variants(path, i, image, flip, crops, seed):
-    """The variants of image i for a teacher of (C, H, W) `image`, uint8 (K, C, H, W), or why it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            img = convert(file, {1: "L", 3: "RGB"}[image[0]])
-        views = [centre_crop(img, image[1])]
-        views += [mirror(views[0])] if flip else []
-        # one generator for each crop: the result does not depend on order, threads or interruptions
-        views += [random_crop(img, image[1], np.random.default_rng([seed, i, k])) for k in range(crops)]
-    except Exception as err:                          # Pillow raises a dozen kinds for a broken file
-        return " ".join(f"{type(err).__name__}: {err}".split())
-    return np.stack([np.asarray(v).reshape(*image[1:], -1).transpose(2, 0, 1) for v in views])
-
-
-# ==================================================================================================== arrays
 def allocate(path, dtype, shape):
     """An .npy file of zeros whose blocks are really taken: a full disk shows now, and not as a crash hours later."""
     try:
@@ -170,7 +100,6 @@ def earlier_run(out, meta):
     return old
 
 
-# ==================================================================================================== script
 def main(args):
     if args.crops < 0 or args.batch < 1 or args.workers < 1:
         raise UserError("expected --crops of 0 or more, --batch and --workers of 1 or more")
@@ -263,13 +192,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    ap = parser()
-    args = ap.parse_args()
-    try:
-        main(args)
-    except UserError as err:
-        ap.exit(2, f"imagenet.py: {err}\n")
-    except OSError as err:                            # disk full, no permission
-        ap.exit(2, f"imagenet.py: cannot go on with {args.out} ({err}); what is encoded is kept, the same command goes on\n")
-    except KeyboardInterrupt:
-        ap.exit(130, f"\nimagenet.py: stopped; {args.out} is kept, and the same command goes on\n")
+    guard(lambda: main(parser().parse_args()), cannot_write="what is encoded is kept, the same command goes on")

@@ -33,13 +33,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-from data.imagenet import SUFFIXES, variants  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from data.images import SUFFIXES, variants  # noqa: E402
 from data.tokens import describe, load_tokenizer, token_dtype, write_folder  # noqa: E402
-from data.weights import UserError, local, replacing  # noqa: E402
+from machinery.errors import UserError, guard  # noqa: E402
+from machinery.files import local, replacing  # noqa: E402
 from teachers import SPECS  # noqa: E402
 
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 CAPTIONS = ("caption", "TEXT", "text", "prompt")
 SCORES = ("AESTHETIC_SCORE", "aesthetic", "aesthetic_score")
 # Not white space, which becomes a blank. What joins emoji or turns the direction of writing is no control character.
@@ -69,7 +71,6 @@ def read_prompts(path, flag="--prompts", numbered=False):
     return prompts
 
 
-# =================================================================================================== sources
 # Readers yield (where, entry): a string, a record (dict), or Broken. Bytes that are no UTF-8 pass as surrogates, and
 # `find_prompt` names them, since an error of the decoder could not be skipped.
 TEXT = dict(encoding="utf-8-sig", errors="surrogateescape")
@@ -147,7 +148,6 @@ def entries(args):
         yield from ((path, *found) for found in READERS[suffix](path, args))
 
 
-# =================================================================================================== prompts
 def choose(names, given, usual, path, flag):
     """The field `given`, or the first usual one, among the names in a source's first record."""
     for name in [given] if given else usual:
@@ -208,7 +208,6 @@ def write_prompts(args):
     print(f"{args.out}: {len(kept):,} prompts; {story}")
 
 
-# ===================================================================================================== pairs
 def read_pair(path, image):
     """(prompt, uint8 (C, H, W)) of an image and the text beside it, or why they cannot be read."""
     try:
@@ -264,7 +263,6 @@ def write_pairs(args):
           + (f"{len(skipped)} images left out, listed in skipped.txt" if skipped else "none skipped"))
 
 
-# ==================================================================================================== script
 def main(args):
     if bool(args.sources) == bool(args.images):
         raise UserError("expected either SOURCE files with prompts, or --images FOLDER")
@@ -301,13 +299,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    ap = parser()
-    args = ap.parse_args()
-    try:
-        main(args)
-    except UserError as err:
-        ap.exit(2, f"prompts.py: {err}\n")
-    except OSError as err:                            # no such file, no permission, disk full
-        ap.exit(2, f"prompts.py: cannot read or write ({err})\n")
-    except KeyboardInterrupt:
-        ap.exit(130, "\nprompts.py: stopped; the same command begins anew\n")
+    guard(lambda: main(parser().parse_args()))

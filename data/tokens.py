@@ -18,11 +18,12 @@ import zipfile
 import numpy as np
 import torch
 
-from data.weights import UserError, fingerprint, local, replacing
+from machinery.errors import UserError
+from machinery.files import fingerprint, local, replacing
+from machinery.processes import send
 from teachers import SPECS, build
 
 
-# ===================================================================================================== writing
 def load_tokenizer(name, path=None, random_weights=False):
     """The frozen tokenizer of the teacher called `name`, without the teacher, which data do not need."""
     return build(SPECS[name], "tokenizer", path, random_weights).eval().requires_grad_(False)
@@ -62,7 +63,6 @@ def write_packed(f, **arrays):
                 np.lib.format.write_array(part, np.asarray(array))
 
 
-# ===================================================================================================== reading
 class RealTokens:
     """Real tokens x (n, L, G), memory-mapped, and their conditions, in an order that is a function of (seed, index)."""
 
@@ -120,7 +120,7 @@ def load_tokens(path, teacher):
                 prompts = f["prompts"].tolist() if text else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as err:
         raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them "
-                        "with " + ("data/prompts.py --images" if text else "data/fashion.py or data/imagenet.py"))
+                        "with " + ("data/prompts.py --images" if text else "worlds/fashion.py or data/imagenet.py"))
     if not meta.get("complete", True):
         raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
     if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
@@ -174,8 +174,3 @@ class TextFeatures:
                 part[new] = c[: len(new)].cpu()
             self.known[new] = True                    # after the features: a killed run leaves no holes
         return tuple(send(part[which], device) for part in self.parts)
-
-
-def send(t, device):
-    """A tensor of the host to a device, which the host does not wait for."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t

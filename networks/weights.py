@@ -6,66 +6,19 @@ shape, or one sentence says what is missing, unexpected, or other. Also here: ho
 (`replacing`) and tells two models apart (`fingerprint`).
 """
 
-import contextlib
-import functools
-import hashlib
 import itertools
 import os
 import re
-import zipfile
 
 import torch
-import torch.nn as nn
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-class UserError(Exception):
-    """Something the user can mend. Scripts print its sentence and exit with 2, without a stack trace."""
-
-
-# ============================================================================================ files
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write, which takes the name `path` only when all of it is on the disk: no kill leaves half a file."""
-    with open(path + ".tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def fingerprint(arrays):
-    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: files may have been renamed."""
-    if isinstance(arrays, nn.Module):
-        arrays = arrays.state_dict().values()
-    digest = hashlib.sha256()
-    for a in arrays:
-        digest.update(torch.as_tensor(a).detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def local(path):
-    """A path as given, or, where it does not exist, relative to this repository: so shipped files are found."""
-    return path if os.path.exists(path) else os.path.join(ROOT, path)
+from machinery.errors import UserError
+from machinery.files import read_tensors, local
 
 
 FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}               # as hubs lay models out
 NAMES = tuple(f"{stem}.{kind}" for stem in ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
               "open_clip_pytorch_model") for kind in ("safetensors", "fp16.safetensors", "bin"))
-
-
-class Inert:
-    """Stands for what else a pickle mentions, such as an old trainer's callbacks: takes anything, does nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil", "socket", "runpy")
 
 
 def read_weights(path, role="net"):
@@ -81,23 +34,7 @@ def read_weights(path, role="net"):
             raise UserError(f"no weights in the folder {path}, nor in its {FOLDERS[role]}/: expected one of "
                             f"{', '.join(NAMES[:4])}, ...")
         path = found[0]
-    if not os.path.isfile(path):
-        raise UserError(f"no weights at {path}: expected a .safetensors or torch file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
-        if not zipfile.is_zipfile(path):                          # before torch 1.6: cannot be mapped nor looked into
-            return load()
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if code := [name for name in unknown if name.split(".")[0] in DANGEROUS]:
-            raise ValueError(f"it asks to run {code[0]}: not a file of weights")
-        with torch.serialization.safe_globals([(type(name.split(".")[-1], (Inert,), {}), name) for name in unknown]):
-            return load(mmap=True)
-    except Exception as err:       # truncated, not a checkpoint at all, or a pickle of more than tensors
-        why = f"{type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}"
-        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: fetch or write it again")
+    return read_tensors(path)
 
 
 def fetch(repo, name, flag):
@@ -116,7 +53,6 @@ def fetch(repo, name, flag):
                         "or try sizes and speed with --random_weights")
 
 
-# ============================================================================================ names
 def renames(text):
     """Pairs "theirs ours" as rules that lead from published names to those here.
 
@@ -189,3 +125,16 @@ def load_state(module, state, source):
                         + ". Is it another teacher's file, or another size?")
     module.load_state_dict(state)
     return module
+
+
+def download(url, digest, flag):
+    """The local path of a file from the web, kept in torch's cache."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if not os.path.isfile(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, digest)
+        except (OSError, RuntimeError) as err:        # no network, no room; another file than expected
+            raise UserError(f"cannot download {url} ({' '.join(str(err).split())[:200]}): fetch it elsewhere and name "
+                            f"the file by {flag} PATH")
+    return path

@@ -1,9 +1,9 @@
-"""Shapes, the text-to-image world: scenes of coloured shapes, their captions, and a reader that scores them exactly.
+"""Shapes, the text-to-image world: scenes of colored shapes, their captions, and a reader that scores them exactly.
 
-    python data/shapes.py --accuracy            # how often the reader is right on fresh renderings, task by task
-    python data/shapes.py --sheet out/shapes.png
+    python worlds/make_shapes.py --accuracy            # how often the reader is right on fresh renderings, task by task
+    python worlds/make_shapes.py --sheet out/shapes.png
 
-A scene is one to four shapes of six colours on a grey ground, even or sloping, 32x32 pixels. Size, place, shade and
+A scene is one to four shapes of six colors on a gray ground, even or sloping, 32x32 pixels. Size, place, shade and
 ground vary, so that many pictures fit a caption; but in steps, not continuously, or most of what a teacher has to learn
 would be which of many nearly equal tokens comes next. Captions are those of GenEval's six tasks, and free mixtures:
 
@@ -13,16 +13,14 @@ would be which of many nearly equal tokens comes next. Captions are those of Gen
     mixtures        two red rings, a red ring above a blue square
 
 Since everything is drawn, everything can be read back without a detector: what is saturated is an object (the ground
-is grey), connected pixels are one object, hue is its colour, and its shape shows in how it fills its box.
+is gray), connected pixels are one object, hue is its color, and its shape shows in how it fills its box.
 """
 
 import argparse
-import colorsys
 import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 
@@ -31,248 +29,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from scipy import ndimage
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from data.benchmarks import TASKS, geneval_table, verdict  # noqa: E402
-from data.tiny import fit, pixel_loss, ship  # noqa: E402
-from data.weights import UserError, load_state, read_weights, replacing  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from dimo import exact_mask, mask_ratio  # noqa: E402
-from reward import ImageReward, WordPiece, load_judges, preprocess  # noqa: E402
+from machinery.errors import UserError  # noqa: E402
+from machinery.files import ROOT, replacing  # noqa: E402
+from networks.blip import ImageReward, WordPiece  # noqa: E402
+from networks.clip import preprocess  # noqa: E402
+from networks.text import clip_ids  # noqa: E402
+from networks.weights import load_state, read_weights  # noqa: E402
+from reward import rewards_for  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import SHAPES_CLIP, SHAPES_REWARD, SPECS, build, clip_ids, load_student, load_teacher  # noqa: E402
-
-SIZE, FINE = 32, 8                                    # pixels a side; drawn FINE times larger, then reduced
-SHAPES = ("circle", "square", "triangle", "ring", "cross")
-HUES = {"red": 0, "orange": 30, "yellow": 58, "green": 125, "blue": 222, "purple": 285}       # degrees
-COLORS = tuple(HUES)
-MIXED = (*TASKS, "mixture", "mixture")                # what to train on
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-PLURALS = tuple(s + ("es" if s == "cross" else "s") for s in SHAPES)
-KINDS = (tuple(RELATIONS), COLORS, SHAPES, PLURALS, tuple(NUMBERS.values()))      # of words that a caption can be wrong in
-WORDS = (*"a an and of left right above below".split(), *(w for kind in KINDS[1:] for w in kind))
-UNIT = 4                                              # sides, places and gaps are multiples of it: the tokens' patch
-GREYS, SHADES = (70, 100, 130, 160, 190), (0.8, 1.0)  # of the ground; HSV values of a shape
-SIDES = {1: (3, 4), 2: (2, 3), 3: (2,), 4: (2,)}      # of n objects, in units
+from teachers import SHAPES_CLIP, SHAPES_REWARD, SPECS, build, generate_student, generate_teacher, load_student, load_teacher, to_bytes  # noqa: E402
+from worlds.shapes import KINDS, MIXED, SIZE, UNIT, WORDS, accuracy, astray, benchmark, caption, scenes  # noqa: E402
+from worlds.training import fit, pixel_loss, ship  # noqa: E402
 
 
-# ===================================================================================================== captions
-def article(words):
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def caption(rng, task):
-    """(prompt, GenEval's metadata, objects [(shape, color or None)], relation or None) of a random scene of a task.
-
-    tasks are GenEval's six, or "mixture". Metadata has GenEval's own form; a class is a shape.
-    """
-    s1, s2 = rng.choice(SHAPES, 2, replace=False).tolist()
-    c1, c2 = rng.choice(COLORS, 2, replace=False).tolist()
-    relation, n, kind = str(rng.choice(list(RELATIONS))), int(rng.integers(2, 5)), int(rng.integers(2))
-    one = lambda s, c=None, **more: {"class": s, "count": 1, **({"color": c} if c else {}), **more}
-    if task == "single_object":
-        prompt, include, objects = article(s1), [one(s1)], [(s1, None)]
-    elif task == "colors":
-        prompt, include, objects = article(f"{c1} {s1}"), [one(s1, c1)], [(s1, c1)]
-    elif task == "two_object":
-        prompt, include, objects = f"{article(s1)} and {article(s2)}", [one(s1), one(s2)], [(s1, None), (s2, None)]
-    elif task == "color_attr":
-        prompt = f"{article(f'{c1} {s1}')} and {article(f'{c2} {s2}')}"
-        include, objects = [one(s1, c1), one(s2, c2)], [(s1, c1), (s2, c2)]
-    elif task == "counting" or task == "mixture" and kind:
-        color = c1 if task == "mixture" else None
-        prompt = f"{NUMBERS[n]} {color + ' ' if color else ''}{PLURALS[SHAPES.index(s1)]}"
-        include = [{"class": s1, "count": n, **({"color": color} if color else {})}]
-        meta = {"tag": task, "include": include, "exclude": [{"class": s1, "count": n + 1}], "prompt": prompt}
-        return prompt, meta, [(s1, color)] * n, None
-    elif task in ("position", "mixture"):             # GenEval's order: include[0] is the target, include[1] is placed
-        a, b = (None, None) if task == "position" else (c1, c2)
-        name = lambda s, c: article(f"{c} {s}" if c else s)
-        prompt = f"{name(s1, a)} {relation} {name(s2, b)}"
-        include, objects = [one(s2, b), one(s1, a, position=[relation, 0])], [(s2, b), (s1, a)]
-        return prompt, {"tag": task, "include": include, "prompt": prompt}, objects, relation
-    else:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}, mixture")
-    return prompt, {"tag": task, "include": include, "prompt": prompt}, objects, None
-
-
-def astray(rng, prompt):
-    """A caption that no picture of `prompt` fulfils: one word is another of its kind, or two have changed places."""
-    said = [[w for w in kind if re.search(rf"\b{w}\b", prompt)] for kind in KINDS]
-    pairs = [words for words in said[1:3] if len(words) == 2 and (said[0] or len(said[1]) == 2)]    # whose order matters
-    if pairs and rng.random() < 0.4:
-        u, v = pairs[rng.integers(len(pairs))]
-        change = {u: v, v: u}
-    else:
-        k = rng.choice([k for k, words in enumerate(said) if words])
-        k = 0 if said[0] and rng.random() < 0.5 else k            # places are hardest to learn
-        change = {str(rng.choice(said[k])): str(rng.choice([w for w in KINDS[k] if w not in said[k]]))}
-    prompt = re.sub(rf"\b({'|'.join(change)})\b", lambda m: change[m[0]], prompt)
-    return re.sub(r"\ban? (\w+)", lambda m: article(m[1]), prompt)
-
-
-# ==================================================================================================== renderings
-def place(rng, n, relation=None, touching=False):
-    """Boxes (x, y, side) of n objects in pixels, a unit or more apart; box 1 stands in `relation` to box 0.
-
-    All are multiples of UNIT, so that a shape is one of few sets of tokens: a teacher learns to draw it in minutes.
-    touching: no gap between an object and one before it, so that a detector sees fewer.
-    """
-    gap = lambda a, b: max(max(q - p - a[2], p - q - b[2]) for p, q in zip(a[:2], b[:2]))     # in units; negative: overlap
-    cells = SIZE // UNIT
-    while n:
-        boxes = []
-        for _ in range(60):
-            side = int(rng.choice(SIDES[n]))
-            x, y = rng.integers(0, cells - side + 1, 2).tolist()
-            nearest = min((gap((x, y, side), b) for b in boxes), default=None)
-            if nearest is None or (nearest == 0 if touching else nearest >= 1):
-                boxes.append((x, y, side))
-            if len(boxes) == n:
-                break
-        if len(boxes) == n and (relation is None or stands(boxes[1], boxes[0], RELATIONS[relation])):
-            return [(x * UNIT, y * UNIT, side * UNIT) for x, y, side in boxes]
-    return []
-
-
-def stands(a, b, direction):
-    """Is box a in a direction (x, y) of box b, clearly so and not diagonally?"""
-    offset = np.array([a[i] + a[2] / 2 - b[i] - b[2] / 2 for i in (0, 1)])
-    along, across = offset @ direction, offset @ direction[::-1]
-    return along >= (a[2] + b[2]) / 2 and along > 1.5 * abs(across)
-
-
-def draw_shape(draw, shape, x, y, side, fill):
-    """One shape in the box at (x, y), on a canvas FINE times as large as the picture."""
-    x, y, s = (v * FINE for v in (x, y, side))
-    if shape == "circle":
-        draw.ellipse((x, y, x + s, y + s), fill)
-    elif shape == "ring":
-        draw.ellipse((x, y, x + s, y + s), outline=fill, width=round(0.26 * s))
-    elif shape == "square":
-        draw.rectangle((x, y, x + s, y + s), fill)
-    elif shape == "triangle":
-        draw.polygon((x, y + s, x + s, y + s, x + s / 2, y), fill)
-    elif shape == "cross":
-        draw.rectangle((x + 0.33 * s, y, x + 0.67 * s, y + s), fill)
-        draw.rectangle((x, y + 0.33 * s, x + s, y + 0.67 * s), fill)
-
-
-def render(rng, objects, relation=None, touching=False):
-    """A picture (SIZE, SIZE, 3), uint8, of objects [(shape, color or None for any)], which are apart or touching."""
-    ramp, flat = np.broadcast_to(np.linspace(-20, 20, SIZE), (SIZE, SIZE)), np.zeros((SIZE, SIZE))
-    grounds = (flat, ramp, -ramp, ramp.T, -ramp.T)                                            # even, or a slope of grey
-    ground = (int(rng.choice(GREYS)) + grounds[rng.integers(5)])[..., None]                   # (SIZE, SIZE, 1)
-    ink = Image.new("RGB", (SIZE * FINE,) * 2)
-    cover = Image.new("L", ink.size)
-    for (shape, color), (x, y, side) in zip(objects, place(rng, len(objects), relation, touching)):
-        rgb = colorsys.hsv_to_rgb(HUES[color or str(rng.choice(COLORS))] / 360, 0.9, rng.choice(SHADES))
-        draw_shape(ImageDraw.Draw(ink), shape, x, y, side, tuple(round(255 * v) for v in rgb))
-        draw_shape(ImageDraw.Draw(cover), shape, x, y, side, 255)
-    fine = lambda img: np.asarray(img, np.float32).reshape(SIZE, FINE, SIZE, FINE, -1).mean((1, 3))
-    alpha = fine(cover) / 255                                                                 # (SIZE, SIZE, 1)
-    pixels = fine(ink) + (1 - alpha) * ground
-    return pixels.round().clip(0, 255).astype(np.uint8)
-
-
-def scenes(n, seed=0, tasks=MIXED, touching=False, again=0):
-    """n scenes of random tasks: (pictures uint8 (n, 3, SIZE, SIZE), prompts, metadata).
-
-    touching changes pictures only, as does another number `again`: the same captions, drawn anew.
-    """
-    img, prompts, metas = np.empty((n, 3, SIZE, SIZE), np.uint8), [], []
-    for i in range(n):
-        rng = np.random.default_rng([seed, i])        # a picture depends on (seed, i) alone
-        prompt, meta, objects, relation = caption(rng, str(rng.choice(tasks)))
-        rng = np.random.default_rng([seed, i, again]) if again else rng
-        img[i] = render(rng, objects, relation, touching).transpose(2, 0, 1)
-        prompts.append(prompt)
-        metas.append(meta)
-    return img, prompts, metas
-
-
-def benchmark(n, seed=0):
-    """n prompts, GenEval's six tasks in turn: (prompts, metadata). They depend on the seed and their place alone."""
-    drawn = [caption(np.random.default_rng([seed, 77, i]), TASKS[i % len(TASKS)]) for i in range(n)]
-    return [d[0] for d in drawn], [d[1] for d in drawn]
-
-
-# ==================================================================================================== the reader
-def read(img, saturated=60, least=14):
-    """Objects of a picture (3, H, W) uint8: a list of (shape, color, box (x1, y1, x2, y2)), largest first.
-
-    shape is None for a blob that is none of the five.
-    """
-    rgb = np.asarray(img, np.float32).transpose(1, 2, 0)                                      # (H, W, 3)
-    chroma = rgb.max(-1) - rgb.min(-1)
-    labels, count = ndimage.label(chroma > saturated)
-    found = []
-    for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
-        part = labels == k
-        if part.sum() < least:
-            continue
-        inner = rgb[part & (chroma >= np.median(chroma[part]))].mean(0) / 255
-        hue = 360 * colorsys.rgb_to_hsv(*inner)[0]
-        color = min(HUES, key=lambda c: abs((hue - HUES[c] + 180) % 360 - 180))
-        near = ndimage.binary_dilation(part, np.ones((3, 3)))                                 # with its half-covered rim
-        cover = np.clip((chroma - 15) / (np.quantile(chroma[part], 0.75) - 15), 0, 1) * near
-        box = (columns.start, rows.start, columns.stop, rows.stop)
-        found.append((int(part.sum()), shape_of(cover, part[rows, columns]), color, box))
-    return [item[1:] for item in sorted(found, key=lambda item: -item[0])]
-
-
-def shape_of(cover, part):
-    """A shape's name from how much of each pixel it covers (H, W), and its mask, cut to its box.
-
-    It is told by a hole, by the share of the box it fills (square 1, circle 0.79, cross 0.56, triangle 0.5), and by
-    how far its weight is below the middle of the box (a triangle's is, by a sixth).
-    """
-    h, w = cover.max(1).sum(), cover.max(0).sum()                                             # sides, in parts of pixels
-    if not 0.75 < h / w < 1.33:
-        return None
-    fill, rows = cover.sum() / (h * w), cover.max(1)
-    middle = (np.arange(len(rows)) @ rows) / rows.sum()
-    low = ((np.arange(len(rows)) @ cover.sum(1)) / cover.sum() - middle) / h
-    if (ndimage.binary_fill_holes(part) & ~part).sum() >= 2:
-        return "ring" if abs(low) < 0.1 else None
-    if abs(low) < 0.07:
-        return "cross" if 0.4 < fill < 0.68 else "circle" if 0.68 <= fill < 0.88 else "square" if fill >= 0.88 else None
-    return "triangle" if 0.07 <= low < 0.25 and 0.4 < fill < 0.72 else None
-
-
-def detect(img):
-    """The reader as GenEval's rules want it: detections {class: [(box, score), ...]}, and a judge of colours."""
-    objects, found = read(img), {}
-    for shape, _, box in objects:
-        if shape:
-            found.setdefault(shape, []).append((box, 1.0))
-    colors = {box: color for _, color, box in objects}
-    return found, lambda box, shape: colors[box]
-
-
-def accuracy(n=6000, seed=5):
-    """Share of fresh renderings that the reader, under GenEval's rules, finds to be what was asked for, by task."""
-    rows = []
-    for i in range(n):
-        rng = np.random.default_rng([seed, i])
-        _, meta, objects, relation = caption(rng, TASKS[i % len(TASKS)])
-        rows.append((meta["tag"], *verdict(meta, *detect(render(rng, objects, relation).transpose(2, 0, 1)))))
-    return geneval_table(rows)
-
-
-# ================================================================================ the tiny teacher, from scratch
 def patches(img, side=UNIT):
     """Pictures (n, 3, H, W) -> their patches (n, L, 3 side^2), row by row."""
     return img.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def code_patches(img, V, width, seed=0):
-    """(centres (V, 3 side^2) of the patches that occur in pictures in [0, 1], codes (V, width) that stand for them).
+    """(centers (V, 3 side^2) of the patches that occur in pictures in [0, 1], codes (V, width) that stand for them).
 
-    k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground; a code is its centre's
+    k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground; a code is its center's
     leading components. # choice: the codebook is not learned with the encoder. It was: then most codes were for the
     ground, and which one a patch got depended on the rest of the picture, as the encoder's norms are taken over all of
     it (3.2 nats given the patch and its place). To a teacher that is noise, and it learned little else.
@@ -280,14 +62,14 @@ def code_patches(img, V, width, seed=0):
     from scipy.cluster.vq import kmeans2
 
     seen = patches(img).flatten(0, 1).unique(dim=0)
-    centres = torch.from_numpy(kmeans2(seen.numpy(), V, minit="++", seed=seed)[0])
-    axes = torch.linalg.svd(centres - centres.mean(0), full_matrices=False)[2][:width]
-    return centres, (centres - centres.mean(0)) @ axes.T
+    centers = torch.from_numpy(kmeans2(seen.numpy(), V, minit="++", seed=seed)[0])
+    axes = torch.linalg.svd(centers - centers.mean(0), full_matrices=False)[2][:width]
+    return centers, (centers - centers.mean(0)) @ axes.T
 
 
-def tokenizer_loss(tok, centres, img):
+def tokenizer_loss(tok, centers, img):
     """The encoder learns which code is right for each patch, the decoder to draw pictures from the right codes."""
-    x = torch.cdist(patches(img), centres).argmin(-1)                                         # (B, L)
+    x = torch.cdist(patches(img), centers).argmin(-1)                                         # (B, L)
     codes = tok.codebook.weight[x]                                                            # (B, L, embed)
     z, out = tok.latents(img).float().flatten(2).transpose(1, 2), tok.pixels(codes).float()
     recon, miss = pixel_loss(out, img), (z - codes).square().mean()
@@ -326,7 +108,7 @@ def grid_code(side, width):
     """Sines and cosines of a patch's column and row, an eighth of a turn over the picture up to two: (side^2, width).
 
     # choice: where the image tower starts to learn positions, in the place of noise of 0.02. From noise it had not
-    # learned in 7,500 steps what left and above mean; from these, once it knows colours and shapes, in 400.
+    # learned in 7,500 steps what left and above mean; from these, once it knows colors and shapes, in 400.
     """
     turn = torch.outer(torch.arange(side) / side, 2 * math.pi * 2 ** torch.linspace(-3, 1, width // 4))
     code = 0.5 * torch.cat([turn.sin(), turn.cos()], 1)                                       # (side, width / 2)
@@ -354,15 +136,14 @@ def drawings(img, touching, prompts, some):
     The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps; of the next `some` objects touch,
     where there are several (`touching`, uint8 like img); others are spoiled.
     """
-    import evaluate as ev                             # which imports this file's reader
 
     teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", "meissonic-tiny")
-    pixels = lambda e: ev.to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
+    pixels = lambda e: to_bytes(teacher.tokenizer.decode(e, clamp=True), teacher.spec)
     embed = lambda img: embed_tokens(teacher.tokenizer.encode(img.float() / 255), *teacher.tokenizer.tables())
     parts = lambda f, x, desc: torch.cat([f(part) for part in tqdm(x.split(500), desc=desc)])
     e = parts(embed, img, "tokens")
-    ways = [functools.partial(ev.generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
-    ways += [functools.partial(ev.generate_student, teacher, theta_0, **teacher.spec.student)] * 3
+    ways = [functools.partial(generate_teacher, teacher, steps=n) for n in (1, 4, 8)]
+    ways += [functools.partial(generate_student, teacher, theta_0, **teacher.spec.student)] * 3
     rows = teacher.conditions(prompts[:some]).split(100)
     worse = [ways[i % len(ways)](part) for i, part in enumerate(tqdm(rows, desc="drawn"))]
     merged = ((touching != img).flatten(1).any(1) & (torch.arange(len(img)) < 2 * some))[some:]
@@ -400,9 +181,9 @@ def train(args):
     batch = lambda: torch.randint(len(img), (args.batch,))
     if args.train == "tokenizer":
         model = spec.Tokenizer(**spec.tokenizer).to(memory_format=torch.channels_last)
-        centres, codes = code_patches(img[:3000].float() / 255, model.V, model.codebook.weight.shape[1], args.seed)
+        centers, codes = code_patches(img[:3000].float() / 255, model.V, model.codebook.weight.shape[1], args.seed)
         model.codebook.weight = nn.Parameter(codes, requires_grad=False)
-        loss_fn = lambda: tokenizer_loss(model, centres, (img[batch()].float() / 255).contiguous(
+        loss_fn = lambda: tokenizer_loss(model, centers, (img[batch()].float() / 255).contiguous(
             memory_format=torch.channels_last))
     elif args.train == "imagereward":
         rng, easy = np.random.default_rng(args.seed), 0.1 if args.go_on else 0.5
@@ -429,7 +210,7 @@ def train(args):
         words = [sorted(c.get(k, "") for c in m["include"] for k in ("class", "color")) for m in metas]
         alike = torch.tensor(sorted(range(len(img)), key=words.__getitem__))                  # same words, side by side
 
-        def loss_fn():                                # half a batch at random, half from the neighbours of its captions
+        def loss_fn():                                # half a batch at random, half from the neighbors of its captions
             i = torch.randint(len(img), (args.batch // 2,))
             i = alike[torch.cat([i, i + torch.randint(-40, 41, i.shape)]) % len(img)]
             return clip_loss(model, (img[i].float() / 255 - 0.45) / 0.27, ids[which[i]], which[i] == which[i, None])
@@ -450,16 +231,15 @@ def train(args):
     ship(model, os.path.join(folder, f"{args.train}.safetensors"), args, start)
 
 
-# ============================================================================== what tables do not say of the world
 @torch.no_grad()
-def judged(n=1500, seed=5):
+def reward_accuracy(n=1500, seed=5):
     """How often each reward is right on fresh scenes, {reward: {what is wrong: share}}: it should give a picture more for
     its caption than for one gone astray, by the kind of word that is; and more than to one where objects touch.
 
     "taste" should be low: the standard deviation over pictures that fit a caption, by that over all (picture, caption).
     """
     spec, rng = SPECS["meissonic-tiny"], np.random.default_rng(seed)
-    rewards = load_judges(spec, spec.rewards)
+    rewards = rewards_for(spec, spec.rewards)
     (img, prompts, _), (touching, *_), (twin, *_) = scenes(n, seed), scenes(n, seed, touching=True), scenes(n, seed, again=1)
     several, wrong = (touching != img).any((1, 2, 3)), [astray(rng, p) for p in prompts]
     words = {w: name for name, kind in zip(("place", "color", "shape", "shape", "number"), KINDS) for w in kind}
@@ -482,14 +262,13 @@ def alike(path, n=24, times=12, seed=3):
 
     path: a student, or "teacher" for the teacher's own steps.
     """
-    import evaluate as ev
 
     if path == "teacher":
         teacher = load_teacher("meissonic-tiny")
-        draw = functools.partial(ev.generate_teacher, teacher, steps=next(iter(teacher.spec.sampling)))
+        draw = functools.partial(generate_teacher, teacher, steps=next(iter(teacher.spec.sampling)))
     else:
         teacher, net, _ = load_student(path, "meissonic-tiny")
-        draw = functools.partial(ev.generate_student, teacher, net, **teacher.spec.student)
+        draw = functools.partial(generate_student, teacher, net, **teacher.spec.student)
     torch.manual_seed(seed)
     img = draw(teacher.conditions([p for p in benchmark(n, seed)[0] for _ in range(times)]))
     x = torch.cat([teacher.tokenizer.encode(part.float() / 255) for part in img.split(250)])
@@ -503,8 +282,8 @@ def main(args):
         train(args)
     if args.accuracy:
         print(json.dumps(accuracy(), indent=1))
-    if args.judges:
-        print(json.dumps(judged(), indent=1))
+    if args.reward_accuracy:
+        print(json.dumps(reward_accuracy(), indent=1))
     for path in args.alike or ():
         print(json.dumps({"student": path, "alike": round(alike(path), 3)}))
     if args.prompts:
@@ -535,16 +314,16 @@ if __name__ == "__main__":
     ap.add_argument("--bf16", action="store_true", help="bfloat16 autocast (fast on CPUs with AMX and on GPUs)")
     ap.add_argument("--compile", action="store_true", help="torch.compile the teacher (15%% faster; wants a C++ compiler)")
     ap.add_argument("--accuracy", action="store_true", help="score fresh renderings by the reader")
-    ap.add_argument("--judges", action="store_true", help="how often the rewards prefer the right caption, by what is wrong")
+    ap.add_argument("--reward_accuracy", action="store_true", help="how often the rewards prefer the right caption, by what is wrong")
     ap.add_argument("--alike", nargs="+", metavar="CKPT",
                     help="share of tokens that agree in two pictures of a prompt; a student's checkpoint or weights, or: teacher")
     ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one a line, to distil from")
     args = ap.parse_args()
     if min(args.n, args.steps, args.batch) < 1 or not args.lr > 0:
-        ap.exit(2, "shapes.py: --n, --steps and --batch are 1 or more, --lr is above 0\n")
+        ap.exit(2, "make_shapes.py: --n, --steps and --batch are 1 or more, --lr is above 0\n")
     if args.train and args.n < 100:
-        ap.exit(2, f"shapes.py: --n {args.n}: expected 100 scenes or more to train on\n")
+        ap.exit(2, f"make_shapes.py: --n {args.n}: expected 100 scenes or more to train on\n")
     try:
         main(args)
     except (UserError, OSError) as err:
-        ap.exit(2, f"shapes.py: {err}\n")
+        ap.exit(2, f"make_shapes.py: {err}\n")

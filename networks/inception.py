@@ -6,7 +6,6 @@ here, and both published files of its weights load: features agree with either's
 """
 
 import functools
-import os
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -18,7 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data.weights import UserError, load_state, read_weights
+from machinery.errors import UserError
+from networks.weights import download, load_state, read_weights
+
 
 RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")       # clean-fid's names; ADM's ImageNet has the first
 
@@ -33,7 +34,7 @@ def clean_resize(img, size=299):
 def coco_crop(img, size=256):
     """A picture as COCO's FID and CLIP score see it, real or generated: uint8 (size, size, 3) (GigaGAN, DMD2)."""
     (W, H), side = img.size, min(img.size)
-    left, top = round((W - side) / 2), round((H - side) / 2)     # halves to the even neighbour, as in torchvision
+    left, top = round((W - side) / 2), round((H - side) / 2)     # halves to the even neighbor, as in torchvision
     img = img.convert("RGB").crop((left, top, left + side, top + side))
     return np.array(img.resize((size, size), Image.Resampling.LANCZOS))
 
@@ -41,7 +42,7 @@ def coco_crop(img, size=256):
 def resize(img, mode="legacy_tensorflow", size=299):
     """Images (B, 3, H, W) in [0, 255] -> (B, 3, size, size), float32, by one of RESIZES. No two of them agree.
 
-    legacy_tensorflow is TF1's bilinear: source coordinate i H / size without half pixels, neighbours floor, floor + 1.
+    legacy_tensorflow is TF1's bilinear: source coordinate i H / size without half pixels, neighbors floor, floor + 1.
     legacy_pytorch has half pixels. Neither antialiases; clean, a bicubic, does.
     """
     if mode == "clean":
@@ -163,19 +164,6 @@ INCEPTION = {       # published files, and how their SHA-256 begins: plain weigh
               "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
     "torchscript": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
                     "inception-2015-12-05.pt", None)}
-
-
-def download(url, digest, flag):
-    """The local path of a file from the web, kept in torch's cache."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not os.path.isfile(path):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, digest)
-        except (OSError, RuntimeError) as err:        # no network, no room; another file than expected
-            raise UserError(f"cannot download {url} ({' '.join(str(err).split())[:200]}): fetch it elsewhere and name "
-                            f"the file by {flag} PATH")
-    return path
 
 
 def load_inception(path="plain", resize=RESIZES[0], crop=False, device="cpu", random_weights=False):

@@ -1,14 +1,13 @@
 """How fashion's tokenizer, teacher and judge were made: the published classes, trained at small size on real images.
 
-    python data/tiny.py --train_tokenizer    # assets/fashion/tokenizer.safetensors, from the photographs
-    python data/tiny.py --train_mdm          # assets/fashion/teacher.safetensors, from their tokens
-    python data/tiny.py --train_classifier   # assets/fashion/classifier.safetensors and reference.npz, FID's network
+    python worlds/make_fashion.py --train_tokenizer    # assets/fashion/tokenizer.safetensors, from the photographs
+    python worlds/make_fashion.py --train_mdm          # assets/fashion/teacher.safetensors, from their tokens
+    python worlds/make_fashion.py --train_classifier   # assets/fashion/classifier.safetensors and reference.npz, FID's network
 
 README, "The tiny world", has the settings, times and results. Each file's record lies beside it, as JSON.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -16,59 +15,21 @@ import time
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-from data.fashion import FashionNet, load_images  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.tokens import write_packed  # noqa: E402
-from data.weights import UserError, replacing  # noqa: E402
 from dimo import mask_ratio  # noqa: E402
+from machinery.errors import UserError  # noqa: E402
+from machinery.files import ROOT, replacing  # noqa: E402
+from metrics.engine import Moments, extract  # noqa: E402
+from metrics.fid import image_metrics  # noqa: E402
+from networks.autoencoders import BitTokenizer, bits_of  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import SPECS, BitTokenizer, MaskBit, bits_of, decode_tokens  # noqa: E402
-
-
-def fit(model, loss_fn, steps, lr, betas=(0.9, 0.99), weight_decay=0.01, ema_decay=0.999, bf16=False, muon=False):
-    """Minimise loss_fn() for `steps` steps of AdamW, warm-up then cosine; leaves the average of the weights.
-
-    muon: matrices of the blocks by Muon instead (Jordan et al. 2024), scaled as AdamW: the shapes teacher's loss after
-    300 steps is 5.51, not 5.77.
-    """
-    of_blocks = lambda name, p: muon and p.ndim == 2 and "emb" not in name
-    rest = [p for name, p in model.named_parameters() if not of_blocks(name, p)]
-    opts = [torch.optim.AdamW(rest, lr, betas, weight_decay=weight_decay)]
-    if muon:
-        blocks = [p for name, p in model.named_parameters() if of_blocks(name, p)]
-        opts += [torch.optim.Muon(blocks, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
-    factor = lambda n: min(1.0, (n + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * n / steps)) / 2)
-    ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    bar = tqdm(range(steps), mininterval=5, unit="step")
-    device = next(model.parameters()).device.type
-    for n in bar:
-        for group in (group for opt in opts for group in opt.param_groups):
-            group["lr"] = lr * factor(n)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss, log = loss_fn()
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-        rate = min(ema_decay, (1 + n) / (10 + n))
-        for k, v in model.state_dict().items():
-            ema[k].lerp_(v, 1 - rate)
-        if n % 50 == 0:
-            bar.set_postfix_str(" ".join(f"{k} {float(v):.4f}" for k, v in log.items()))
-    model.load_state_dict(ema)
-    return model.eval()
-
-
-def pixel_loss(out, img):
-    """Distance of pixels, absolute and squared, and of edges: images (B, C, H, W) -> a number."""
-    edges = sum((out.diff(dim=a) - img.diff(dim=a)).abs().mean() for a in (2, 3))
-    return (out - img).abs().mean() + 5 * (out - img).square().mean() + edges
+from teachers import SPECS, MaskBit, decode_tokens  # noqa: E402
+from worlds.fashion import ASSETS, FashionNet, load_extractor, load_images  # noqa: E402
+from worlds.training import fit, pixel_loss, ship  # noqa: E402
 
 
 def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
@@ -76,7 +37,7 @@ def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
 
     Each latent channel gives its bit a probability, sigmoid(4 z). Every position should be sure of its bits (low
     entropy of each), and the batch should use all codes (high entropy of the mean over the joint 2^bits codes, which
-    factorises per position into the two groups). Without the second term a sign quantiser keeps a handful of codes.
+    factorizes per position into the two groups). Without the second term a sign quantizer keeps a handful of codes.
     """
     z = tok.encoder(img).float()                                                              # (B, bits, h, w)
     sign = torch.where(z > 0, 1.0, -1.0)
@@ -119,23 +80,8 @@ def codebook_report(tok, img):
                 perplexity=math.exp(-(p * (p + 1e-12).log()).sum()))
 
 
-def ship(model, path, args, start, report=dict):
-    """Write a module as float16 safetensors, and how it was made beside it, as JSON; report() adds what it came to."""
-    from safetensors.torch import save
-
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with replacing(path) as f:
-        f.write(save({k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in model.state_dict().items()}))
-    record = dict(vars(args), parameters=sum(p.numel() for p in model.parameters()), seconds=round(time.time() - start))
-    record.update(report())
-    with replacing(path.replace(".safetensors", ".json")) as f:
-        f.write(json.dumps(record, indent=1).encode())
-    print(json.dumps(record, indent=1))
-
-
 def make_reference(args):
     """Train FashionNet, then write its weights (float16), the training set's statistics, and a record of both."""
-    import evaluate as ev                             # what the network is for
     start = time.time()
     torch.manual_seed(args.seed)
     img, labels, test, test_labels = (torch.from_numpy(a) for s in ("train", "t10k") for a in load_images(s))
@@ -157,24 +103,24 @@ def make_reference(args):
             bar.set_postfix_str(f"loss {loss.item():.3f}")
 
     net.half().float().eval().requires_grad_(False)   # as `ship` rounds them: the statistics are the shipped weights'
-    features = torch.cat([ev.extract(net, part.to(args.device))[0] for part in img.split(500)])
-    moments = ev.Moments(net.dim, features.double().mean(0), args.device)
+    features = torch.cat([extract(net, part.to(args.device))[0] for part in img.split(500)])
+    moments = Moments(net.dim, features.double().mean(0), args.device)
     moments.add(features)
     mu, sigma = moments.result()
     some = features[:: len(img) // 5000].half().cpu().numpy()    # (5000, dim)
-    os.makedirs(ev.ASSETS, exist_ok=True)
-    with replacing(os.path.join(ev.ASSETS, "reference.npz")) as f:
+    os.makedirs(ASSETS, exist_ok=True)
+    with replacing(os.path.join(ASSETS, "reference.npz")) as f:
         write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
 
     def report():                  # what the metric says of real images it was not made from: the floor of every number here
-        net, reference = ev.load_extractor(SPECS["maskbit-tiny"], args.device)
-        right = [ev.extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
+        net, reference = load_extractor(SPECS["maskbit-tiny"], args.device)
+        right = [extract(net, part.to(args.device))[1].argmax(1).cpu() for part in test.split(500)]
         shown, rows = test.to(args.device), torch.arange(len(test), device=args.device)
         return dict(n=len(img), n_features=len(some), dim=net.dim,
                     test_accuracy=(torch.cat(right) == test_labels).double().mean().item(),
-                    test_images=ev.evaluate(lambda i, **_: shown[i], rows, net, reference))
+                    test_images=image_metrics(lambda i, **_: shown[i], rows, net, reference))
 
-    ship(net, os.path.join(ev.ASSETS, "classifier.safetensors"), args, start, report)
+    ship(net, os.path.join(ASSETS, "classifier.safetensors"), args, start, report)
 
 
 def make_tiny(args):
@@ -217,10 +163,10 @@ if __name__ == "__main__":
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = ap.parse_args()
     if args.train_tokenizer + args.train_mdm + args.train_classifier != 1:
-        ap.exit(2, "tiny.py: name one of --train_tokenizer, --train_mdm and --train_classifier\n")
+        ap.exit(2, "make_fashion.py: name one of --train_tokenizer, --train_mdm and --train_classifier\n")
     if min(args.steps, args.batch) < 1 or not args.lr > 0 or not 0 <= args.dropout < 1:
-        ap.exit(2, "tiny.py: --steps and --batch are 1 or more, --lr is above 0, --dropout below 1\n")
+        ap.exit(2, "make_fashion.py: --steps and --batch are 1 or more, --lr is above 0, --dropout below 1\n")
     try:
         (make_reference if args.train_classifier else make_tiny)(args)
     except (UserError, OSError) as err:
-        ap.exit(2, f"tiny.py: {err}\n")
+        ap.exit(2, f"make_fashion.py: {err}\n")

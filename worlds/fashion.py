@@ -1,7 +1,7 @@
 """Fashion-MNIST, the default world: 70,000 photographs of clothes, 28x28, 10 classes (Xiao et al. 2017).
 
-    python data/fashion.py                                     # writes data/fashion/: the training set as tokens
-    python data/fashion.py --pack assets/fashion/tokens.npz    # the packed copy that this repository ships
+    python worlds/fashion.py                                     # writes data/fashion/: the training set as tokens
+    python worlds/fashion.py --pack assets/fashion/tokens.npz    # the packed copy that this repository ships
 
 The four raw files come from Debian (`apt-get install dataset-fashion-mnist`) or, failing that, from torchvision's
 downloader. Images are padded to 32x32 and never flipped: all shoes point left, and a teacher should know that.
@@ -21,17 +21,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data.tokens import describe, load_tokenizer, token_dtype, write_folder, write_packed  # noqa: E402
-from data.weights import UserError, replacing  # noqa: E402
+from machinery.errors import UserError  # noqa: E402
+from machinery.files import ROOT, replacing  # noqa: E402
+from metrics.reference import load_reference  # noqa: E402
+from networks.weights import load_state, read_weights  # noqa: E402
+
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 COUNT = {"train": 60_000, "t10k": 10_000}
 
 
-# ============================================================================================ the photographs
 def read_idx(path):
     """The array in a gzipped IDX file of bytes; ValueError if it is cut short or of another kind."""
     with gzip.open(path) as f:
@@ -59,7 +61,7 @@ def load_images(split="train", raw=None):
     return np.pad(img, ((0, 0), (2, 2), (2, 2)))[:, None], labels.copy()
 
 
-def download(root=os.path.join(HERE, "fashion_raw")):
+def download(root=os.path.join(ROOT, "data", "fashion_raw")):
     """The folder of raw files as torchvision's downloader leaves it."""
     try:
         from torchvision.datasets import FashionMNIST
@@ -72,11 +74,10 @@ def download(root=os.path.join(HERE, "fashion_raw")):
     return os.path.join(root, "FashionMNIST", "raw")
 
 
-# ====================================================================================== what judges drawn ones
 class FashionNet(nn.Module):
     """A small classifier of clothes, (B, 1, 32, 32). Its features see texture: mean and deviation of every map.
 
-    They are standardised over the training set, so that no layer dominates a distance.
+    They are standardized over the training set, so that no layer dominates a distance.
     """
 
     def __init__(self, widths=(16, 24, 32, 32), strides=(1, 2, 2, 1), classes=10):
@@ -98,7 +99,6 @@ class FashionNet(nn.Module):
         return features, self.head(features)
 
 
-# ================================================================================================ the tokens
 def main(args):
     folder = (os.path.dirname(args.pack) or ".") if args.pack else args.out
     os.makedirs(folder, exist_ok=True)                # what cannot be written is said before the work
@@ -124,7 +124,7 @@ def main(args):
 
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--out", default=os.path.join(HERE, "fashion"), help="folder to write")
+    ap.add_argument("--out", default=os.path.join(ROOT, "data", "fashion"), help="folder to write")
     ap.add_argument("--pack", metavar="FILE.npz", help="write one compressed file instead of the folder")
     ap.add_argument("--raw", metavar="DIR", help="folder with the four .gz files")
     ap.add_argument("--tokenizer_weights", metavar="PATH", help="another tokenizer than the one in assets/")
@@ -134,3 +134,13 @@ if __name__ == "__main__":
         ap.exit(2, f"fashion.py: {err}\n")
     except OSError as err:
         ap.exit(2, f"fashion.py: cannot write ({err}); nothing that was there before is damaged\n")
+ASSETS = os.path.join(ROOT, "assets", "fashion")
+
+
+def load_extractor(spec, device="cpu"):
+    """(extractor, reference) that ship for a teacher's images, or (None, None): others need --reference or --real."""
+    if spec.world != "fashion":
+        return None, None
+    path = os.path.join(ASSETS, "classifier.safetensors")
+    extractor = load_state(FashionNet(), read_weights(path), path).to(device).eval().requires_grad_(False)
+    return extractor, load_reference(os.path.join(ASSETS, "reference.npz"), extractor.dim, device)

@@ -1,0 +1,47 @@
+"""Command lines: each flag declares what it takes, once, and argparse says which flag was wrong and how."""
+
+import argparse
+import math
+
+import torch
+
+from machinery.errors import UserError
+
+
+def number(low=-math.inf, high=math.inf, kind=float, above=False):
+    """An argparse type: a finite number from `low` to `high`; with above=True, `low` itself is not enough."""
+    def parse(text):
+        value = kind(text)
+        inside = low < value <= high if above else low <= value <= high
+        if not (inside and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"expected {words}, got {text}")
+        return value
+
+    what = "a whole number" if kind is int else "a number"
+    if above:
+        words = f"{what} above {low:g}"
+    elif high < math.inf:
+        words = f"{what} from {low:g} to {high:g}"
+    elif low > -math.inf:
+        words = f"{what} of {low:g} or more"
+    else:
+        words = f"{what}, and a finite one"
+    parse.__name__ = what                             # argparse: "invalid a number value: 'x'"
+    return parse
+
+
+positive = number(0, above=True)
+nonnegative = number(0)
+share = number(0, 1)
+positive_int = number(1, kind=int)
+nonnegative_int = number(0, kind=int)
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device):
+    """Complain of --device cuda where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")

@@ -1,0 +1,82 @@
+"""Several processes, each with a device. Nothing else in this repository asks torch.distributed anything but these."""
+
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def join_processes(kind):
+    """This process's device, of kind "cuda" or "cpu"; and the process group, where torchrun started several processes.
+
+    A restart (torchrun --max-restarts) on one node meets under a name of its own: torchrun's store still has the
+    addresses of the processes that died. On several nodes no count of restarts is shared; there the store itself must
+    be new, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 sees to (docs/running.md).
+    """
+    if kind == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        store, rank, world = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    """Is this the one process that prints and writes?"""
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(t):
+    """The sum over processes, in place; every process must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(t)
+    return t
+
+
+def gather(thing):
+    """What every process passed in, as a list; every process must call it."""
+    everyone = [thing]
+    if dist.is_initialized():
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, thing)
+    return everyone
+
+
+# ------------------------------------------------------------------------------------------------ devices
+def now(device):
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def send(t, device):
+    """A tensor of the host to a device, which the host does not wait for."""
+    if device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t
+
+
+def autocast(kind, bf16):
+    """bfloat16 for what is worth it, on devices of kind "cuda" or "cpu"; or, where not wanted, nothing."""
+    return torch.autocast(kind, torch.bfloat16, enabled=bf16)
