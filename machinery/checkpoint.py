@@ -1,4 +1,4 @@
-"""Checkpoints and logs that survive."""
+"""Runs that survive: a checkpoint replaces the old one whole or not at all, and the log is cut back to it."""
 
 import contextlib
 import json
@@ -9,9 +9,8 @@ import torch
 from machinery.errors import UserError
 from machinery.files import read_tensors, replacing
 
-
-
 FORMAT = 1              # of the checkpoint; another number where an older one cannot be resumed any more
+FIXED = ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer")
 
 
 def save_checkpoint(path, state):
@@ -26,32 +25,29 @@ def save_checkpoint(path, state):
                         "make room and go on with --resume")
 
 
-def trim_log(path, step):
-    """Keep the whole lines of log.jsonl up to `step`: what a killed run wrote after its checkpoint is done again."""
-    if os.path.exists(path):
-        keep = []
-        with open(path) as f:
-            for line in f:
-                with contextlib.suppress(ValueError):
-                    if json.loads(line).get("step", 0) <= step:
-                        keep.append(line)
-        with replacing(path) as f:
-            f.write("".join(keep).encode())
-
-
-def logged(path):
-    """The evaluations in log.jsonl."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        return [row for row in map(json.loads, f) if "model" in row]
+def resumed_settings(path, given):
+    """The settings of a checkpoint, under the flags `given` now; those that would make it another run are refused."""
+    state = read_tensors(path)
+    if "config" not in state:
+        raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by --init_from")
+    if state.get("format") != FORMAT:
+        raise UserError(f"{path} was written by another version of train.py (format {state.get('format')}, here "
+                        f"{FORMAT}): finish it with that version, or start from its weights by --init_from {path}")
+    config = {**state["config"], "out": os.path.dirname(path)}    # it says what to read, not where to write
+    if config["text_cache"] != "off":
+        config["text_cache"] = "memory"
+    for key in FIXED:
+        if key in given and given[key] != config[key]:
+            raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: leave the "
+                            "flag out, or start another run in another --out")
+    return {**config, **given}
 
 
 def restarted(path):
     """Is this a restart by torchrun --max-restarts, of a run that has the checkpoint `path` already?
 
-    On several nodes each torchrun counts only the restarts that its own processes caused. What all share is the name of
-    the launch (--rdzv_id), which the checkpoint has too.
+    On several nodes each torchrun counts only the restarts that its own processes caused. What all share is the name
+    of the launch (--rdzv_id), which the checkpoint has too.
     """
     env = os.environ
     if not os.path.exists(path) or "TORCHELASTIC_RUN_ID" not in env:
@@ -59,3 +55,32 @@ def restarted(path):
     if env["GROUP_WORLD_SIZE"] == "1":
         return env["TORCHELASTIC_RESTART_COUNT"] != "0"
     return read_tensors(path).get("launch") == env["TORCHELASTIC_RUN_ID"]
+
+
+# ------------------------------------------------------------------------------------------------- the log
+def append_rows(path, rows):
+    """Add JSON lines to a file, one per row (a dict)."""
+    with open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def trim_log(path, step):
+    """Keep the whole lines of a log up to `step`: what a killed run wrote after its checkpoint is done again."""
+    if not os.path.exists(path):
+        return
+    keep = []
+    with open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):     # half a line
+                if json.loads(line).get("step", 0) <= step:
+                    keep.append(line)
+    with replacing(path) as f:
+        f.write("".join(keep).encode())
+
+
+def logged_evaluations(path):
+    """The evaluations in a log: its rows that name a model."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [row for row in map(json.loads, f) if "model" in row]

@@ -45,3 +45,30 @@ def check_device(device):
     """Complain of --device cuda where there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
+
+
+class Flags:
+    """Flags that come last: where one is not given, a recipe may speak before the default does.
+
+    So argparse leaves out what was not given, and the defaults stand in `defaults`.
+    """
+
+    def __init__(self, description):
+        self.parser = argparse.ArgumentParser(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.defaults = {}
+
+    def group(self, title):
+        self.title = self.parser.add_argument_group(title)
+
+    def add(self, name, default, kind, help, **more):
+        """--name. kind: bool for a switch, a list of choices, or an argparse type with its range."""
+        if kind is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        elif isinstance(kind, list):
+            more["choices"] = kind
+        else:
+            more["type"] = kind
+        self.title.add_argument(
+            f"--{name}", default=argparse.SUPPRESS, help=f"{help} (default: {default})", **more)
+        self.defaults[name] = default

@@ -1,12 +1,18 @@
-"""Learning rates, optimizers, averages."""
+"""What is trained, and how it moves: learning rates, one update, the average of a network's weights."""
 
+import contextlib
+import functools
 import math
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from machinery.processes import world_size
 
 
 def lr_factor(n, warmup, steps, end=1.0):
-    """Linear warm-up (the first update has rate 0), then constant, or a cosine down to the share `end`."""
+    """Share of the learning rate at update n: linear warm-up from 0, then constant, or a cosine down to the share `end`."""
     if n < warmup:
         return n / warmup
     return end + (1 - end) * (1 + math.cos(math.pi * (n - warmup) / max(steps - warmup, 1))) / 2
@@ -20,24 +26,28 @@ def ema_update(ema, net, n, decay):
 
 
 class Muon:
-    """Matrices by Muon (Jordan et al. 2024), momentum made orthogonal and as large as Adam's steps; the rest by Adam.
+    """Matrices by Muon (Jordan et al. 2024), its steps scaled to the size of Adam's; the rest by Adam.
 
-    Changes nothing where found_inf is 1, as fused Adam. # choice: torch's Muon does not read it on the device, so here
-    the host waits for it: this optimizer is for the tiny worlds.
+    Changes nothing where found_inf is 1, as fused Adam does. # choice: torch's Muon does not read found_inf on the
+    device, so here the host waits for it: this optimizer is for the tiny worlds.
     """
 
     found_inf = None
 
     def __init__(self, params, lr, betas, eps, weight_decay, fused):
-        matrices, rest = ([p for p in params if (p.ndim == 2) == wanted] for wanted in (True, False))
+        matrices = [p for p in params if p.ndim == 2]
+        rest = [p for p in params if p.ndim != 2]
         self.parts = (torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
                       torch.optim.Adam(rest, lr, betas, eps, weight_decay, fused=fused))
 
-    param_groups = property(lambda self: [group for part in self.parts for group in part.param_groups])
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
 
     def step(self):
-        for part in () if self.found_inf else self.parts:
-            part.step()
+        if not self.found_inf:
+            for part in self.parts:
+                part.step()
 
     def zero_grad(self, set_to_none=True):
         for part in self.parts:
@@ -51,17 +61,54 @@ class Muon:
             part.load_state_dict(state)
 
 
-def update(opt, params, clip, lr):
-    """Clip and step, unless the gradient is not finite; returns its norm before clipping, and 1 if it is not, else 0.
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 
-    Both are tensors of the device, and the host does not wait for them: fused Adam reads found_inf there, and changes
-    nothing where it is 1. Under DDP the gradient is the average over processes, so all see the same norm, decide alike.
-    # choice: all three networks are clipped (App. H.1 does not say which); the official code clips the student alone.
+
+def update(optimizer, params, clip, lr):
+    """Clip the gradient to the norm `clip` and step, unless it is not finite; returns its norm before clipping.
+
+    The norm is a tensor on the device, and the host does not wait for it: fused Adam reads found_inf there, and
+    changes nothing where that is 1. Under DDP the gradient is the average over processes, so all see the same norm and
+    decide alike. # choice: all three networks are clipped (App. H.1 does not say which); the official code clips the
+    student alone.
     """
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    found_inf = getattr(opt, "optim", opt).found_inf = (~torch.isfinite(norm)).float()        # .optim: behind --zero
-    for group in opt.param_groups:
+    optimizer.found_inf = (~torch.isfinite(norm)).float()
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.optim.found_inf = optimizer.found_inf
+    for group in optimizer.param_groups:
         group["lr"] = lr
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-    return norm, found_inf
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Trained:
+    """A network in training: the module itself, `model` to call where gradients must be averaged, and its optimizer.
+
+    With several processes `model` is the DDP wrapper. Calling the bare module there would silently train each alone.
+    """
+
+    def __init__(self, module, kind, lr, betas, weight_decay, zero):
+        self.module = self.model = module
+        self.lr = lr
+        self.params = [p for p in module.parameters() if p.requires_grad]
+        make = OPTIMIZERS[kind]
+        if zero and world_size() > 1:
+            make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
+        self.optimizer = make(self.params, lr=lr, betas=betas, eps=1e-6, weight_decay=weight_decay, fused=True)
+
+    def wrap(self, device):
+        if world_size() > 1:
+            devices = [device.index] if device.type == "cuda" else None
+            self.model = DDP(self.module, devices, gradient_as_bucket_view=True)
+
+    def syncing(self, last):
+        """Under accumulation gradients travel between processes once per step, with the last micro-batch."""
+        if world_size() == 1 or last:
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def update(self, clip, factor):
+        """One update at `factor` times the learning rate; returns the gradient's norm before clipping."""
+        return update(self.optimizer, self.params, clip, self.lr * factor)

@@ -1,6 +1,12 @@
-"""Where the time of a training step goes."""
+"""Where the time of a training step goes: --profile N.
+
+Functions that are a phase of the step say so (`@phase("student forward")`). While a Profile is on, each call is timed on the
+device's own clock; otherwise the decorator does nothing. The first step runs eagerly and is counted, FLOP by FLOP;
+three warm up; N are timed; the last runs once more under torch.profiler, which tells matrix products from the rest.
+"""
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -10,18 +16,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from machinery.processes import autocast
 
+COUNTED, WARM_UP, TRACED = 1, 3, 1                    # steps besides the N that are timed
+MATMUL = re.compile(r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
+current = None                                        # the Profile that is on
+
+
+def phase(name):
+    """Decorator: calls of this function are the phase `name` of a training step."""
+    def decorate(function):
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            if current is None:
+                return function(*args, **kwargs)
+            start = current.clock()
+            result = function(*args, **kwargs)
+            current.add(name, start, current.clock())
+            return result
+        return timed
+    return decorate
+
 
 class Profile:
-    """--profile: milliseconds a phase, by marks on the device's own clock, and what they amount to.
-
-    The first step runs eagerly and is counted, FLOP by FLOP; three warm up; the last runs once more under torch.profiler.
-    """
-
-    SKIP, MATMUL = 4, re.compile(r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
-
-    def __init__(self, device):
-        self.cuda, self.phases, self.last, self.step = device.type == "cuda", {}, None, 0
-        self.flops, self.tracer = FlopCounterMode(display=False), None
+    def __init__(self, device, steps):
+        global current
+        current = self
+        self.cuda, self.steps = device.type == "cuda", steps
+        self.spans = {}                               # phase: its (start, stop) pairs
+        self.timing, self.tracer, self.flops = False, None, FlopCounterMode(display=False)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # it complains where there is no GPU
 
     def clock(self):
@@ -31,66 +52,77 @@ class Profile:
         event.record()
         return event
 
-    def begin(self, step, steps):
-        self.step, self.stack = step, contextlib.ExitStack()
-        if step == 0:
-            self.stack.enter_context(torch.compiler.set_stance("force_eager"))
-            self.stack.enter_context(self.flops)
-        if step == steps - 1:
-            kind = torch.profiler.ProfilerActivity
-            self.tracer = self.stack.enter_context(torch.profiler.profile(activities=[kind.CUDA if self.cuda else kind.CPU]))
-        self.last = self.clock()
+    def ms(self, start, stop):
+        return start.elapsed_time(stop) if self.cuda else 1000 * (stop - start)
 
-    def mark(self, phase):
-        """What has been queued since the last mark was this phase."""
-        now = self.clock()
-        if self.step >= self.SKIP and self.tracer is None:
-            self.phases.setdefault(phase, []).append((self.last, now))
-        self.last = now
+    def add(self, name, start, stop):
+        if self.timing:
+            self.spans.setdefault(name, []).append((start, stop))
 
-    def end(self):
-        self.mark("other")
-        self.stack.close()
+    @contextlib.contextmanager
+    def step(self, n):
+        """Around step n of COUNTED + WARM_UP + N + TRACED."""
+        with contextlib.ExitStack() as stack:
+            if n < COUNTED:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(self.flops)
+            if n == COUNTED + WARM_UP + self.steps:
+                kind = torch.profiler.ProfilerActivity
+                activity = kind.CUDA if self.cuda else kind.CPU
+                self.tracer = stack.enter_context(torch.profiler.profile(activities=[activity]))
+            self.timing = n >= COUNTED + WARM_UP and self.tracer is None
+            start = self.clock()
+            yield
+            self.add("step", start, self.clock())
 
-    def report(self, c, net, e, cond):
-        """Print the table; returns it as a dict."""
-        device = next(net.parameters()).device
-        between = lambda a, b: a.elapsed_time(b) if self.cuda else 1000 * (b - a)
+    def fastest(self, f, n=5):
+        """Milliseconds of the fastest of n calls, after two to warm up."""
+        times = []
+        for _ in range(n + 2):
+            start = self.clock()
+            f()
+            stop = self.clock()
+            if self.cuda:
+                torch.cuda.synchronize()
+            times.append(self.ms(start, stop))
+        return min(times[2:])
 
-        def fastest(f, n=5):
-            """ms of the fastest of n calls, after two."""
-            times = []
-            for _ in range(n + 2):
-                start = self.clock()
-                f()
-                stop = self.clock()
-                if self.cuda:
-                    torch.cuda.synchronize()
-                times.append(between(start, stop))
-            return min(times[2:])
-
-        if self.cuda:
-            torch.cuda.synchronize()
-        ms = {phase: sum(between(*pair) for pair in pairs) / c.profile for phase, pairs in self.phases.items()}
-        total, flops = sum(ms.values()), self.flops.get_total_flops()
-        side = 8192 if self.cuda else 2048
-        a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if c.dtype == "bf16" else torch.float32)
-        ceiling = 2 * side**3 / fastest(lambda: a @ a) / 1e9                                  # TFLOP/s
-        with torch.no_grad(), autocast(c.device, c.dtype == "bf16"):
-            forward = fastest(lambda: net(e, cond))
+    def share_of_matmul(self):
+        """Share of the traced step's time that its matrix products took."""
+        kind = torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU
         spent = {}
         for event in self.tracer.key_averages():
-            if event.device_type == (torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU):
+            if event.device_type == kind:
                 spent[event.key] = event.self_device_time_total if self.cuda else event.self_cpu_time_total
-        other = 1 - sum(t for key, t in spent.items() if self.MATMUL.search(key)) / sum(spent.values())
-        row = dict(ms=total, forward_ms=forward, passes=total / forward / c.accum, images_per_s=1000 * c.batch / total,
-                   tflop=flops / 1e12, tflop_per_s=flops / total / 1e9, ceiling_tflop_per_s=ceiling,
-                   share_of_ceiling=flops / total / 1e9 / ceiling, not_matmul=other,
-                   peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None, phases=ms)
-        print("\n".join(f"{phase:24s} {t:9.2f} ms  {t / total:6.1%}" for phase, t in ms.items()))
-        print(f"{'a step':24s} {total:9.2f} ms, {row['images_per_s']:.1f} images/s; {row['passes']:.2f} forward passes of "
-              f"{forward:.2f} ms\n{row['tflop']:.3f} TFLOP a step on this process, {row['tflop_per_s']:.2f} TFLOP/s: "
-              f"{row['share_of_ceiling']:.1%} of the {ceiling:.2f} that one {side} x {side} {c.dtype} product reaches\n"
-              f"{other:.1%} of the time is not in matrix products"
-              + (f"; peak memory {row['peak_gb']:.1f} GB" if self.cuda else ""))
+        return sum(t for key, t in spent.items() if MATMUL.search(key)) / sum(spent.values())
+
+    def report(self, c, net, e, cond):
+        """Print where the time went; the same as a dict. One forward pass of net(e, cond) is the unit of work."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        phases = {name: sum(self.ms(*span) for span in spans) / self.steps for name, spans in self.spans.items()}
+        total = phases.pop("step")
+        phases["other"] = total - sum(phases.values())
+        side = 8192 if self.cuda else 2048
+        dtype = torch.bfloat16 if c.dtype == "bf16" else torch.float32
+        a = torch.randn(side, side, device=e.device, dtype=dtype)
+        ceiling = 2 * side**3 / self.fastest(lambda: a @ a) / 1e9                         # TFLOP/s
+        with torch.no_grad(), autocast(c.device, c.dtype == "bf16"):
+            forward = self.fastest(lambda: net(e, cond))
+        tflop = self.flops.get_total_flops() / 1e12
+        speed = 1000 * tflop / total
+        row = dict(
+            ms=total, forward_ms=forward, passes=total / forward / c.accum, images_per_s=1000 * c.batch / total,
+            tflop=tflop, tflop_per_s=speed, ceiling_tflop_per_s=ceiling, share_of_ceiling=speed / ceiling,
+            not_matmul=1 - self.share_of_matmul(), phases=phases,
+            peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None)
+        for name, t in phases.items():
+            print(f"{name:24s} {t:9.2f} ms  {t / total:6.1%}")
+        print(f"{'a step':24s} {total:9.2f} ms, {row['images_per_s']:.1f} images/s; {row['passes']:.2f} forward passes "
+              f"of {forward:.2f} ms")
+        print(f"{tflop:.3f} TFLOP per step on this process, {speed:.2f} TFLOP/s: {row['share_of_ceiling']:.1%} of the "
+              f"{ceiling:.2f} that one {side} x {side} {c.dtype} product reaches")
+        print(f"{row['not_matmul']:.1%} of the time is not in matrix products")
+        if self.cuda:
+            print(f"peak memory {row['peak_gb']:.1f} GB")
         return row
