@@ -89,14 +89,15 @@ class Trained:
     With several processes `model` is the DDP wrapper. Calling the bare module there would silently train each alone.
     """
 
-    def __init__(self, module, kind, lr, betas, weight_decay, zero):
+    def __init__(self, module, c, lr, beta1=0.9):
         self.module = self.model = module
         self.lr = lr
         self.params = [p for p in module.parameters() if p.requires_grad]
-        make = OPTIMIZERS[kind]
-        if zero and world_size() > 1:
+        make = OPTIMIZERS[c.optimizer]
+        if c.zero and world_size() > 1:
             make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
-        self.optimizer = make(self.params, lr=lr, betas=betas, eps=1e-6, weight_decay=weight_decay, fused=True)
+        self.optimizer = make(self.params, lr=lr, betas=(beta1, 0.999), eps=1e-6,
+                              weight_decay=c.weight_decay, fused=True)
 
     def wrap(self, device):
         if world_size() > 1:
