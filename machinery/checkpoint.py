@@ -1,4 +1,6 @@
-"""Runs that survive: a checkpoint replaces the old one whole or not at all, and the log is cut back to it."""
+"""Runs that survive: a checkpoint replaces the old one whole or not at all, and the log is cut
+back to it.
+"""
 
 import contextlib
 import json
@@ -9,45 +11,55 @@ import torch
 from machinery.errors import UserError
 from machinery.files import read_tensors, replacing
 
-FORMAT = 1              # of the checkpoint; another number where an older one cannot be resumed any more
-FIXED = ("teacher", "recipe", "seed", "batch", "heads", "head_width", "head_mlp", "gan", "optimizer")
+FORMAT = 1              # another number where older checkpoints cannot be resumed any more
+FIXED = ("teacher", "recipe", "seed", "batch", "gan", "heads", "head_width", "head_mlp",
+         "optimizer")
 
 
 def save_checkpoint(path, state):
-    """Write beside the old checkpoint, then rename: a kill or a full disk at any moment leaves the old one whole."""
+    """Write beside the old checkpoint, then rename: a kill or a full disk at any moment leaves
+    the old one whole.
+    """
     try:
         with replacing(path) as f:
             torch.save(state, f)
-    except (OSError, RuntimeError) as err:            # torch's own writer reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as err:            # torch's writer reports a full disk as the latter
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
-        raise UserError(f"could not write {path} ({err}); is the disk full? The previous checkpoint is untouched: "
-                        "make room and go on with --resume")
+        raise UserError(f"could not write {path} ({err}); is the disk full? The previous "
+                        "checkpoint is untouched: make room and go on with --resume")
 
 
 def resumed_settings(path, given):
-    """The settings of a checkpoint, under the flags `given` now; those that would make it another run are refused."""
+    """The settings of a checkpoint, under the flags `given` now; those that would make it another
+    run are refused.
+    """
     state = read_tensors(path)
     if "config" not in state:
-        raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by --init_from")
+        raise UserError(f"{path} holds weights, not a checkpoint of train.py: start from them by "
+                        "--init_from")
     if state.get("format") != FORMAT:
-        raise UserError(f"{path} was written by another version of train.py (format {state.get('format')}, here "
-                        f"{FORMAT}): finish it with that version, or start from its weights by --init_from {path}")
-    config = {**state["config"], "out": os.path.dirname(path)}    # it says what to read, not where to write
+        raise UserError(f"{path} was written by another version of train.py (format "
+                        f"{state.get('format')}, here {FORMAT}): finish it with that version, or "
+                        f"start from its weights by --init_from {path}")
+    # a checkpoint says what to read, not where to write
+    config = state["config"] | dict(out=os.path.dirname(path))
     if config["text_cache"] != "off":
         config["text_cache"] = "memory"
     for key in FIXED:
         if key in given and given[key] != config[key]:
-            raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is {given[key]}: leave the "
-                            "flag out, or start another run in another --out")
-    return {**config, **given}
+            raise UserError(f"{path} is a run with --{key} {config[key]}, and now --{key} is "
+                            f"{given[key]}: leave the flag out, or start another run in another "
+                            "--out")
+    return config | given
 
 
 def restarted(path):
-    """Is this a restart by torchrun --max-restarts, of a run that has the checkpoint `path` already?
+    """Is this a restart by torchrun --max-restarts, of a run that has the checkpoint `path`
+    already?
 
-    On several nodes each torchrun counts only the restarts that its own processes caused. What all share is the name
-    of the launch (--rdzv_id), which the checkpoint has too.
+    On several nodes each torchrun counts only the restarts that its own processes caused. What
+    all share is the name of the launch (--rdzv_id), which the checkpoint has too.
     """
     env = os.environ
     if not os.path.exists(path) or "TORCHELASTIC_RUN_ID" not in env:
@@ -65,7 +77,9 @@ def append_rows(path, rows):
 
 
 def trim_log(path, step):
-    """Keep the whole lines of a log up to `step`: what a killed run wrote after its checkpoint is done again."""
+    """Keep the whole lines of a log up to `step`: what a killed run wrote after its checkpoint is
+    done again.
+    """
     if not os.path.exists(path):
         return
     keep = []

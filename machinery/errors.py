@@ -1,4 +1,4 @@
-"""Errors are sentences: what was expected, what came, what to do. Every script runs behind the one `guard` here."""
+"""Errors are sentences: what was expected, what came, what to do. Scripts run behind `guard`."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """Something the user can mend. Scripts print its sentence and exit with 2, without a stack trace."""
+    """Something the user can mend: scripts print its sentence and exit with 2, no stack trace."""
 
 
 def first_line(err, most=200):
@@ -18,16 +18,17 @@ def first_line(err, most=200):
 
 
 def peer_is_gone(err):
-    """Is this RuntimeError what a process hears, in its next collective, when another of the group has died?"""
+    """Is this what a process hears in its next collective when another of the group has died?"""
     heard = re.search(r"closed by peer|reset by peer|timed? ?out|NCCL|remote process", str(err))
     return dist.is_initialized() and heard is not None
 
 
-def guard(main, out_of_memory="take a smaller --batch", cannot_write="nothing that was there before is damaged",
-          peer_lost="start all processes again"):
-    """Run a script's main(). What the user can mend ends in one sentence and exit code 2, a lost peer in 3, Ctrl-C in 130.
+def guard(main, out_of_memory="take a smaller --batch", peer_lost="start all processes again",
+          cannot_write="nothing that was there before is damaged"):
+    """Run a script's main(); what goes wrong ends in one sentence where the user can mend it.
 
-    The three hints say what helps in this script: where memory is full, where the disk is, where a process died.
+    Exit codes: 2 for such a sentence, 3 where another process is gone, 130 for Ctrl-C. The three
+    hints say what helps in this script: memory is full, a process died, the disk is full.
     """
     name = os.path.basename(sys.argv[0])
 
@@ -46,7 +47,8 @@ def guard(main, out_of_memory="take a smaller --batch", cannot_write="nothing th
             leave(2, f"--compile failed ({first_line(err)}): --no-compile does without")
         if not peer_is_gone(err):
             raise
-        leave(3, f"another process is gone ({first_line(err)}). Its own message says why: {peer_lost}")
+        leave(3, f"another process is gone ({first_line(err)}). Its own message says why: "
+                 f"{peer_lost}")
     except OSError as err:
         leave(2, f"{err}; {cannot_write}")
     except KeyboardInterrupt:

@@ -1,4 +1,6 @@
-"""Command lines: each flag declares what it takes, once, and argparse says which flag was wrong and how."""
+"""Command lines: each flag declares what it takes, once, and argparse says which flag was wrong
+and how.
+"""
 
 import argparse
 import math
@@ -9,7 +11,9 @@ from machinery.errors import UserError
 
 
 def number(low=-math.inf, high=math.inf, kind=float, above=False):
-    """An argparse type: a finite number from `low` to `high`; with above=True, `low` itself is not enough."""
+    """An argparse type: a finite number from `low` to `high`; with above=True, `low` itself is
+    not enough.
+    """
     def parse(text):
         value = kind(text)
         inside = low < value <= high if above else low <= value <= high

@@ -1,4 +1,6 @@
-"""What is trained, and how it moves: learning rates, one update, the average of a network's weights."""
+"""What is trained, and how it moves: learning rates, one update, the average of a network's
+weights.
+"""
 
 import contextlib
 import functools
@@ -12,24 +14,30 @@ from machinery.processes import world_size
 
 
 def lr_factor(n, warmup, steps, end=1.0):
-    """Share of the learning rate at update n: linear warm-up from 0, then constant, or a cosine down to the share `end`."""
+    """Share of the learning rate at update n: linear warm-up from 0, then constant, or a cosine
+    down to the share `end`.
+    """
     if n < warmup:
         return n / warmup
-    return end + (1 - end) * (1 + math.cos(math.pi * (n - warmup) / max(steps - warmup, 1))) / 2
+    progress = (n - warmup) / max(steps - warmup, 1)
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @torch.no_grad()
 def ema_update(ema, net, n, decay):
-    """ema <- rate ema + (1 - rate) net, with the official ramp rate = min(decay, (1 + n) / (10 + n)), n = 0, 1, ..."""
+    """ema <- rate ema + (1 - rate) net, with the official ramp rate = min(decay, (1 + n) / (10 +
+    n)), n = 0, 1, ...
+    """
     rate = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
 
 
 class Muon:
-    """Matrices by Muon (Jordan et al. 2024), its steps scaled to the size of Adam's; the rest by Adam.
+    """Matrices by Muon (Jordan et al. 2024), its steps scaled to the size of Adam's; the rest by
+    Adam.
 
-    Changes nothing where found_inf is 1, as fused Adam does. # choice: torch's Muon does not read found_inf on the
-    device, so here the host waits for it: this optimizer is for the tiny worlds.
+    Changes nothing where found_inf is 1, as fused Adam does. # choice: torch's Muon does not read
+    found_inf on the device, so here the host waits for it: this optimizer is for the tiny worlds.
     """
 
     found_inf = None
@@ -65,12 +73,13 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon
 
 
 def update(optimizer, params, clip, lr):
-    """Clip the gradient to the norm `clip` and step, unless it is not finite; returns its norm before clipping.
+    """Clip the gradient to the norm `clip` and step, unless it is not finite; returns its norm
+    before clipping.
 
-    The norm is a tensor on the device, and the host does not wait for it: fused Adam reads found_inf there, and
-    changes nothing where that is 1. Under DDP the gradient is the average over processes, so all see the same norm and
-    decide alike. # choice: all three networks are clipped (App. H.1 does not say which); the official code clips the
-    student alone.
+    The norm is a tensor on the device, and the host does not wait for it: fused Adam reads
+    found_inf there, and changes nothing where that is 1. Under DDP the gradient is the average
+    over processes, so all see the same norm and decide alike. # choice: all three networks are
+    clipped (App. H.1 does not say which); the official code clips the student alone.
     """
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     optimizer.found_inf = (~torch.isfinite(norm)).float()
@@ -84,9 +93,11 @@ def update(optimizer, params, clip, lr):
 
 
 class Trained:
-    """A network in training: the module itself, `model` to call where gradients must be averaged, and its optimizer.
+    """A network in training: the module itself, `model` to call where gradients must be averaged,
+    and its optimizer.
 
-    With several processes `model` is the DDP wrapper. Calling the bare module there would silently train each alone.
+    With several processes `model` is the DDP wrapper. Calling the bare module there would
+    silently train each alone.
     """
 
     def __init__(self, module, c, lr, beta1=0.9):
@@ -105,11 +116,15 @@ class Trained:
             self.model = DDP(self.module, devices, gradient_as_bucket_view=True)
 
     def syncing(self, last):
-        """Under accumulation gradients travel between processes once per step, with the last micro-batch."""
+        """Under accumulation gradients travel between processes once per step, with the last
+        micro-batch.
+        """
         if world_size() == 1 or last:
             return contextlib.nullcontext()
         return self.model.no_sync()
 
     def update(self, clip, factor):
-        """One update at `factor` times the learning rate; returns the gradient's norm before clipping."""
+        """One update at `factor` times the learning rate; returns the gradient's norm before
+        clipping.
+        """
         return update(self.optimizer, self.params, clip, self.lr * factor)

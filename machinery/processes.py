@@ -1,4 +1,6 @@
-"""Several processes, each with a device. Nothing else in this repository asks torch.distributed anything but these."""
+"""Several processes, each with a device. Nothing else in this repository asks torch.distributed
+anything but these.
+"""
 
 import os
 import time
@@ -8,11 +10,13 @@ import torch.distributed as dist
 
 
 def join_processes(kind):
-    """This process's device, of kind "cuda" or "cpu"; and the process group, where torchrun started several processes.
+    """This process's device, of kind "cuda" or "cpu"; and the process group, where torchrun
+    started several processes.
 
-    A restart (torchrun --max-restarts) on one node meets under a name of its own: torchrun's store still has the
-    addresses of the processes that died. On several nodes no count of restarts is shared; there the store itself must
-    be new, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 sees to (docs/running.md).
+    A restart (torchrun --max-restarts) on one node meets under a name of its own: torchrun's
+    store still has the addresses of the processes that died. On several nodes no count of
+    restarts is shared; there the store itself must be new, which
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 sees to (docs/running.md).
     """
     if kind == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -78,5 +82,7 @@ def send(t, device):
 
 
 def autocast(kind, bf16):
-    """bfloat16 for what is worth it, on devices of kind "cuda" or "cpu"; or, where not wanted, nothing."""
+    """bfloat16 for what is worth it, on devices of kind "cuda" or "cpu"; or, where not wanted,
+    nothing.
+    """
     return torch.autocast(kind, torch.bfloat16, enabled=bf16)

@@ -1,8 +1,9 @@
 """Where the time of a training step goes: --profile N.
 
-Functions that are a phase of the step say so (`@phase("student forward")`). While a Profile is on, each call is timed on the
-device's own clock; otherwise the decorator does nothing. The first step runs eagerly and is counted, FLOP by FLOP;
-three warm up; N are timed; the last runs once more under torch.profiler, which tells matrix products from the rest.
+Functions that are a phase of the step say so (`@phase("student forward")`). While a Profile is
+on, each call is timed on the device's own clock; otherwise the decorator does nothing. The first
+step runs eagerly and is counted, FLOP by FLOP; three warm up; N are timed; the last runs once
+more under torch.profiler, which tells matrix products from the rest.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from machinery.processes import autocast
 
 COUNTED, WARM_UP, TRACED = 1, 3, 1                    # steps besides the N that are timed
-MATMUL = re.compile(r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
+MATMUL = re.compile(
+    r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
 current = None                                        # the Profile that is on
 
 
@@ -42,7 +44,8 @@ class Profile:
         current = self
         self.cuda, self.steps = device.type == "cuda", steps
         self.spans = {}                               # phase: its (start, stop) pairs
-        self.timing, self.tracer, self.flops = False, None, FlopCounterMode(display=False)
+        self.flops = FlopCounterMode(display=False)
+        self.timing, self.tracer = False, None
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # it complains where there is no GPU
 
     def clock(self):
@@ -90,39 +93,54 @@ class Profile:
     def share_of_matmul(self):
         """Share of the traced step's time that its matrix products took."""
         kind = torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU
-        spent = {}
+        products = everything = 0
         for event in self.tracer.key_averages():
-            if event.device_type == kind:
-                spent[event.key] = event.self_device_time_total if self.cuda else event.self_cpu_time_total
-        return sum(t for key, t in spent.items() if MATMUL.search(key)) / sum(spent.values())
+            if event.device_type != kind:
+                continue
+            spent = event.self_device_time_total if self.cuda else event.self_cpu_time_total
+            everything += spent
+            if MATMUL.search(event.key):
+                products += spent
+        return products / everything
 
     def report(self, c, net, e, cond):
-        """Print where the time went; the same as a dict. One forward pass of net(e, cond) is the unit of work."""
+        """Print where the time went, and keep it as the dict `row`.
+
+        One forward pass of net(e, cond) is the unit in which a step is counted.
+        """
         if self.cuda:
             torch.cuda.synchronize()
-        phases = {name: sum(self.ms(*span) for span in spans) / self.steps for name, spans in self.spans.items()}
+        phases = {}
+        for name, spans in self.spans.items():
+            phases[name] = sum(self.ms(*span) for span in spans) / self.steps
         total = phases.pop("step")
         phases["other"] = total - sum(phases.values())
+
         side = 8192 if self.cuda else 2048
         dtype = torch.bfloat16 if c.dtype == "bf16" else torch.float32
         a = torch.randn(side, side, device=e.device, dtype=dtype)
-        ceiling = 2 * side**3 / self.fastest(lambda: a @ a) / 1e9                         # TFLOP/s
+        ceiling = 2 * side**3 / self.fastest(lambda: a @ a) / 1e9             # TFLOP/s
         with torch.no_grad(), autocast(c.device, c.dtype == "bf16"):
             forward = self.fastest(lambda: net(e, cond))
         tflop = self.flops.get_total_flops() / 1e12
         speed = 1000 * tflop / total
         row = dict(
-            ms=total, forward_ms=forward, passes=total / forward / c.accum, images_per_s=1000 * c.batch / total,
-            tflop=tflop, tflop_per_s=speed, ceiling_tflop_per_s=ceiling, share_of_ceiling=speed / ceiling,
-            not_matmul=1 - self.share_of_matmul(), phases=phases,
-            peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None)
+            ms=total, phases=phases, images_per_s=1000 * c.batch / total,
+            forward_ms=forward, passes=total / forward / c.accum,
+            tflop=tflop, tflop_per_s=speed,
+            ceiling_tflop_per_s=ceiling, share_of_ceiling=speed / ceiling,
+            not_matmul=1 - self.share_of_matmul(), peak_gb=None)
+        if self.cuda:
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+
         for name, t in phases.items():
             print(f"{name:24s} {t:9.2f} ms  {t / total:6.1%}")
-        print(f"{'a step':24s} {total:9.2f} ms, {row['images_per_s']:.1f} images/s; {row['passes']:.2f} forward passes "
-              f"of {forward:.2f} ms")
-        print(f"{tflop:.3f} TFLOP per step on this process, {speed:.2f} TFLOP/s: {row['share_of_ceiling']:.1%} of the "
-              f"{ceiling:.2f} that one {side} x {side} {c.dtype} product reaches")
+        print(f"{'a step':24s} {total:9.2f} ms, {row['images_per_s']:.1f} images/s; "
+              f"{row['passes']:.2f} forward passes of {forward:.2f} ms")
+        print(f"{tflop:.3f} TFLOP per step on this process, {speed:.2f} TFLOP/s: "
+              f"{row['share_of_ceiling']:.1%} of the {ceiling:.2f} that one {side} x {side} "
+              f"{c.dtype} product reaches")
         print(f"{row['not_matmul']:.1%} of the time is not in matrix products")
         if self.cuda:
             print(f"peak memory {row['peak_gb']:.1f} GB")
-        return row
+        self.row = row
