@@ -29,7 +29,7 @@ def number(low=-math.inf, high=math.inf, kind=float, above=False):
     elif low > -math.inf:
         words = f"{what} of {low:g} or more"
     else:
-        words = f"{what}, and a finite one"
+        words = "a finite number"
     parse.__name__ = what                             # argparse: "invalid a number value: 'x'"
     return parse
 

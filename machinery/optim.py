@@ -11,6 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from machinery.processes import world_size
+from machinery.profile import phase
 
 
 def lr_factor(n, warmup, steps, end=1.0):
@@ -123,6 +124,7 @@ class Trained:
             return contextlib.nullcontext()
         return self.model.no_sync()
 
+    @phase("updates")
     def update(self, clip, factor):
         """One update at `factor` times the learning rate; returns the gradient's norm before
         clipping.

@@ -1,0 +1,140 @@
+"""Speed: nothing waits, nothing breaks a graph, a profile adds up, and a student leaves as one file."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import evaluate
+import teachers
+import train
+from machinery import profile
+from machinery.errors import UserError
+from machinery.files import ROOT
+from recipes.settings import settle
+from teachers import load_teacher
+from tests.runs import run
+
+START = dict(init_ratio=0.6, noise=0.1, temperature=1.0)
+
+
+def seeded(n):
+    return torch.Generator().manual_seed(n)
+
+
+def test_exported_students_draw_the_same_images_without_this_repository(tmp_path):
+    expected = {}
+    for name in ("maskbit-tiny", "meissonic-tiny", "maskgen-tiny"):
+        teacher = load_teacher(name, random_weights=True)
+        teachers.export(teacher, teacher.net, f"{tmp_path}/{name}.pt2", **START)
+        asked = teacher.conditions(["a cat", "two dogs", "a cup"] if teacher.text else None)[:3]
+        torch.save(asked, f"{tmp_path}/{name}.asked")
+        expected[name] = teachers.generate_student(
+            teacher, teacher.net, asked, generator=seeded(5), **START)
+    code = (
+        "import torch\n"
+        f"for name in {list(expected)}:\n"
+        "    asked = torch.load(f'{name}.asked')\n"
+        "    torch.manual_seed(5)\n"
+        "    torch.save(torch.export.load(f'{name}.pt2').module()(asked), f'{name}.img')")
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+    for name, img in expected.items():
+        assert torch.equal(torch.load(f"{tmp_path}/{name}.img"), img), name
+
+
+def test_the_four_lines_of_the_docs_draw_from_a_checkpoint_and_the_command_exports_it(tmp_path):
+    ckpt = f"{tmp_path}/run/ckpt.pt"
+    state = run(tmp_path, teacher="maskbit-tiny", steps=1, batch=4, random_weights=True,
+                init_from="teacher", data="assets/fashion/tokens.npz", eval_every=0, head_width=16,
+                head_mlp=16)
+    with open(os.path.join(ROOT, "docs", "running.md")) as f:
+        lines = re.search(r"```python\n(.*?)```", f.read(), re.S).group(1)
+    assert len(lines.splitlines()) == 4
+    known = {}
+    exec(lines.replace("out/run/ckpt.pt", ckpt), known)
+    assert known["images"].shape == (8, 1, 32, 32) and known["images"].dtype == torch.uint8
+    assert known["start"] == {key: state["config"][key] for key in START}
+
+    def ask(*flags):
+        evaluate.main(evaluate.flags().parse_args(
+            ["--out", f"{tmp_path}/e", "--device", "cpu", *flags]))
+
+    ask("--ckpt", ckpt, "--export", f"{tmp_path}/student.pt2")
+    torch.manual_seed(3)
+    img = torch.export.load(f"{tmp_path}/student.pt2").module()(torch.arange(5))
+    assert torch.equal(img, teachers.generate_student(
+        known["teacher"], known["net"], torch.arange(5), generator=seeded(3), **known["start"]))
+    with pytest.raises(UserError, match="--export .*none/x: cannot write there"):
+        ask("--ckpt", ckpt, "--export", f"{tmp_path}/none/x")
+    with pytest.raises(UserError, match="writes one student"):
+        ask("--export", f"{tmp_path}/x")
+
+
+def test_a_profile_adds_up_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profile, "current", None)
+    B, out = 4, f"{tmp_path}/out"
+    train.train(settle(dict(teacher="maskbit-tiny", gan=True, profile=2, batch=B, device="cpu",
+                            dtype="fp32", out=out)))
+    row = profile.current.row
+    assert not os.path.exists(out)
+    phases = {"random choices", "student forward", "Di[M]O: teacher, aux", "GAN gradient",
+              "student backward", "aux forward, backward", "discriminator", "updates", "other"}
+    assert row["phases"].keys() == phases and all(ms > 0 for ms in row["phases"].values())
+    assert sum(row["phases"].values()) == pytest.approx(row["ms"])
+    assert row["share_of_ceiling"] == pytest.approx(row["tflop_per_s"] / row["ceiling_tflop_per_s"])
+    blocks = load_teacher("maskbit-tiny").net.blocks
+    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    assert row["tflop"] * 1e12 > 12 * 2 * B * 64 * weights        # 12 passes or more
+    assert 0 < row["not_matmul"] < 1 and "passes" in capsys.readouterr().out
+
+
+def test_compiled_networks_have_no_graph_breaks_and_are_compiled_once(tmp_path, monkeypatch):
+    def compile_by(counter):
+        def compile_in_place(self, **kwargs):
+            self._compiled_call_impl = torch.compile(
+                self._call_impl, backend=counter, fullgraph=True, **kwargs)
+        return compile_in_place
+
+    frames = []
+    for steps in (3, 6):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        monkeypatch.setattr(nn.Module, "compile", compile_by(counter))
+        run(tmp_path, steps=steps, compile=True, overwrite=True, feature_noise=0.1, dtype="bf16")
+        frames.append(counter.frame_count)
+    # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
+    assert frames == [8, 8]
+
+
+READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+         torch.ops.aten.equal, torch.ops.aten.is_nonzero)
+
+
+def test_the_host_reads_nothing_of_the_device_between_log_lines(tmp_path, monkeypatch):
+    """On a GPU each read waits for all that is queued. CPU tensors have the same calls."""
+    events = []                                       # numbers of steps, and reads
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._overloadpacket in READS:
+                events.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    true = train.draw_step
+
+    def draw_step(c, step, *args):
+        events.append(step)
+        return true(c, step, *args)
+
+    monkeypatch.setattr(train, "draw_step", draw_step)
+    with Count():
+        run(tmp_path, steps=5, log_every=5, save_every=5, accum=2)
+    last = events.index(4)                            # the last step logs and saves
+    assert events[events.index(0) : last + 1] == [0, 1, 2, 3, 4]
+    assert "aten._local_scalar_dense.default" in events[last:]
