@@ -48,7 +48,7 @@ from worlds.judges import load_judge
 from worlds.looking import finish, look, one_step, samples
 
 
-# ------------------------------------------------------------------------------ Algorithm 1
+# ------------------------------------------------------------------------------------ Algorithm 1
 def train(c):
     """Algorithm 1, with settings c of recipes/settings.py. What it calls stands below, in order."""
     run = set_up(c)                                   # phi, theta, psi, eta, and the data  l. 1
@@ -103,7 +103,7 @@ def terms_of_the_loss(c, step):
     return [term for term in on if on[term]]
 
 
-# -------------------------------------------------------------------- what is random in a step
+# ----------------------------------------------------------------------- what is random in a step
 def draw_step(c, step, net, conditions):
     """Every random choice of one step for its whole global batch: a dict of tensors, images first.
 
@@ -175,7 +175,7 @@ def draw_batches(run, step):
     return batches
 
 
-# --------------------------------------------------------------------- the steps of Algorithm 1
+# ----------------------------------------------------------------------- the steps of Algorithm 1
 @phase("student forward")
 def generate(run, batch, learning):
     """z_theta, with its graph if learning; without it, z and x_theta are kept in the batch."""
@@ -227,7 +227,8 @@ def gan_term(run, batch):
     mask = exact_mask(batch.ratio_gan, batch.scores_gan, least=0)
     with run.autocast():                                                                    # l. 14
         g, _ = gan_grad(
-            batch.z, run.disc.module, run.net, batch.cond, mask, run.E, run.bias,
+            batch.z, run.disc.module, run.net,
+            batch.cond, mask, run.E, run.bias,
             c.estimator, c.tau, c.feature_noise)
     return g
 
@@ -296,7 +297,7 @@ def disc_term(run, batch):
         d_fake=d_fake.detach().mean())
 
 
-# ----------------------------------------------------------------------------- steps, log, save
+# ------------------------------------------------------------------------------- steps, log, save
 def steps(run):
     """The numbers of the steps still to do, behind a progress bar; --profile times each."""
     c, first = run.c, run.first_step
@@ -374,7 +375,7 @@ def save(run, step):
     save_checkpoint(run.ckpt_path, state)
 
 
-# --------------------------------------------------------------------------------------- set-up
+# ----------------------------------------------------------------------------------------- set-up
 def set_up(c):
     """All that the loop uses, as a namespace: networks, conditions, files; resumed if asked for."""
     device = join_processes(c.device)

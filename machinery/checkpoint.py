@@ -23,7 +23,7 @@ def save_checkpoint(path, state):
     try:
         with replacing(path) as f:
             torch.save(state, f)
-    except (OSError, RuntimeError) as err:            # torch's writer reports a full disk as the latter
+    except (OSError, RuntimeError) as err:            # the latter where torch finds the disk full
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         raise UserError(f"could not write {path} ({err}); is the disk full? The previous "
@@ -69,7 +69,7 @@ def restarted(path):
     return read_tensors(path).get("launch") == env["TORCHELASTIC_RUN_ID"]
 
 
-# ------------------------------------------------------------------------------------------------- the log
+# ---------------------------------------------------------------------------------------- the log
 def append_rows(path, rows):
     """Add JSON lines to a file, one per row (a dict)."""
     with open(path, "a") as f:

@@ -66,7 +66,7 @@ class Flags:
         self.title = self.parser.add_argument_group(title)
 
     def add(self, name, default, kind, help, **more):
-        """--name. kind: bool for a switch, a list of choices, or an argparse type with its range."""
+        """kind: bool for a switch, a list of choices, or an argparse type with its range."""
         if kind is bool:
             more["action"] = argparse.BooleanOptionalAction
         elif isinstance(kind, list):

@@ -66,7 +66,7 @@ def gather(thing):
     return everyone
 
 
-# ------------------------------------------------------------------------------------------------ devices
+# ---------------------------------------------------------------------------------------- devices
 def now(device):
     """Seconds, once the device has done what it was told."""
     if device.type == "cuda":

@@ -46,7 +46,7 @@ class Profile:
         self.spans = {}                               # phase: its (start, stop) pairs
         self.flops = FlopCounterMode(display=False)
         self.timing, self.tracer = False, None
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # it complains where there is no GPU
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")           # it complains without a GPU
 
     def clock(self):
         if not self.cuda:

@@ -31,7 +31,7 @@ TINY = ["maskgit-tiny", "meissonic-tiny", "maskgen-tiny"]
 FROM_NOISE = dict(random_weights=True, init_from="teacher", device="cpu", student_start=0)
 
 
-# -------------------------------------------------------------------------------------- resuming
+# --------------------------------------------------------------------------------------- resuming
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path):
     whole = run(tmp_path, out=f"{tmp_path}/whole", dropout=0.1)
     run(tmp_path, out=f"{tmp_path}/cut", dropout=0.1, steps=4)
@@ -83,7 +83,7 @@ def test_reward_training_resumes_to_the_bit_whatever_the_chunks_and_logs_score_a
     assert chunked["grad_reward"] == pytest.approx(first["grad_reward"], rel=1e-3)
 
 
-# ------------------------------------------------------------------- the same update, made otherwise
+# ---------------------------------------------------------------- the same update, made otherwise
 def test_accumulation_equals_the_joint_batch(tmp_path):
     one, two = (run(tmp_path, out=f"{tmp_path}/{a}", accum=a, clip=1e9) for a in (1, 2))
     assert close_run(one, two)
@@ -182,7 +182,7 @@ def test_settings_of_table_5_reach_every_teacher(name):
         assert getattr(c, key) == value, key
 
 
-# ------------------------------------------------------------------------- the optimizers' small parts
+# -------------------------------------------------------------------- the optimizers' small parts
 def test_warm_up_starts_at_zero_and_ema_follows_the_official_ramp():
     factors = [optim.lr_factor(n, 100, 5000) for n in (0, 1, 2, 50, 99, 100, 1000)]
     assert factors == [0.0, 0.01, 0.02, 0.5, 0.99, 1.0, 1.0]
@@ -257,7 +257,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_ends_the_run_after_ten
         run(tmp_path, steps=40, resume=True)
 
 
-# --------------------------------------------------------------------- what a run shows and what it draws
+# ------------------------------------------------------------- what a run shows and what it draws
 @pytest.mark.parametrize("name", TINY)
 def test_every_tiny_teacher_is_evaluated_beside_its_student(name, tmp_path):
     c = settle(FROM_NOISE | dict(teacher=name, dtype="fp32", steps=1, warmup=0, n_eval=12, batch=4,
@@ -299,7 +299,7 @@ def test_the_shipped_teacher_draws_what_it_is_told_in_many_steps_and_not_in_one(
     assert row["clip"] > 10 and row["chroma"] < 0.2 < one["chroma"]           # no crumbs
 
 
-# ------------------------------------------------------------------------------ features of prompts
+# ---------------------------------------------------------------------------- features of prompts
 @pytest.mark.parametrize("name", ["meissonic-tiny", "maskgen-tiny"])
 def test_features_of_prompts_are_the_same_bits_however_they_came_and_outlive_the_run_in_a_folder(
         name, tmp_path):

@@ -1,4 +1,4 @@
-"""What a training run shows of itself: samples and metrics on the way, a picture and a table at the end.
+"""What a training run shows of itself: samples and metrics on the way, a picture and a table.
 
 `run` is the namespace that train.py's set_up makes.
 """
@@ -32,7 +32,7 @@ def samples(run, make_images):
 
 
 def write_sheet(run, name, strips):
-    """A picture of labeled strips of images, with the prompts of a text teacher, in the run's folder."""
+    """Labeled strips of images, with the prompts of a text teacher, as a picture of the run."""
     words = None
     if run.prompts:
         words = spread(run.prompts, len(strips[0][1]))
@@ -58,7 +58,7 @@ def look(run, step):
 
 
 def finish(run):
-    """The student's weights for others to load; with --eval_every a picture, and a table beside the teacher."""
+    """The student's weights for others to load, a picture, and a table beside the teacher."""
     c, spec = run.c, run.teacher.spec
     if c.profile:
         return
@@ -79,7 +79,8 @@ def finish(run):
     with run.autocast():
         n = 500 if spec.record else c.n_eval
         timed = run.judge(many_steps, n, desc="the teacher" if is_main() else None)
-    rows = [row for row in teacher_rows(spec, timed, N) if row["n"] == c.n_eval] + run.rows
+    shipped = teacher_rows(spec, timed, N)
+    rows = [row for row in shipped if row["n"] == c.n_eval] + run.rows
     if is_main():
         with open(os.path.join(c.out, "results.jsonl"), "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -92,7 +93,8 @@ def finish(run):
 def write_student(run):
     """student.safetensors: the average of the student's weights, in float16."""
     path = os.path.join(run.c.out, "student.safetensors")
-    weights = {k: v.half().cpu().contiguous() for k, v in run.ema.state_dict().items()}
+    state = run.ema.state_dict()
+    weights = {key: state[key].half().cpu().contiguous() for key in state}
     with replacing(path) as f:
         f.write(save(weights))
     run.say(f"wrote {path}")
@@ -105,7 +107,8 @@ def teacher_rows(spec, timed, N):
     --steps ...). The speed is measured here, since the ratio depends on the machine.
     """
     if not spec.record:
-        return [dict(timed, model="teacher", kind="teacher", steps=N, **spec.settings(N))]
+        settings = spec.settings(N)
+        return [dict(timed, model="teacher", kind="teacher", steps=N, **settings)]
     with open(local(spec.record)) as f:
         rows = [dict(json.loads(line), model="teacher, shipped record") for line in f]
     for row in rows:
