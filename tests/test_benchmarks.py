@@ -557,7 +557,7 @@ def test_golden_clip_score_tokens():
 
 def test_the_prefix_pushes_a_long_captions_end_out_and_another_takes_its_place():
     for words in (71, 72, 73, 75, 200):                  # 72 and the prefix fill all 77
-        ids = clip_score.clip_score_tokens(["dog " * words])[0].tolist()
+        ids = clip_score.clip_score_tokens([" ".join(["dog"] * words)])[0].tolist()
         expected = [49406, 320, 1125, 29340, *[1929] * min(words, 72), 49407]
         assert [x for x in ids if x] == expected
     # A "!--" is two ids, 0 and 2432: a zero in the last place passes for padding.
