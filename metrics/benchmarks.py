@@ -145,9 +145,10 @@ class HPS:
         return 100 * self.model(pixels, ids.to(self.device))
 
     def row(self, scores):
-        table = hps_table(scores)
-        notes = [facts["note"] for facts in (table, self.facts) if "note" in facts]
-        return table | self.facts | {"note": "; ".join(notes)}
+        row = self.facts | hps_table(scores)
+        if "note" in self.facts:
+            row["note"] += f"; {self.facts['note']}"
+        return row
 
 
 class ClipScore:

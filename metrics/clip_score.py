@@ -22,8 +22,8 @@ def clip_score_tokens(captions):
     what now stands last becomes an end. (Unless that is a "!" amid punctuation: its id, 0, passes
     for padding. Published scores were computed with this flaw, so it stays.)
     """
-    ids = byte_pairs()(list(captions), 77)               # start, byte pairs, end, then zeros
+    ids = byte_pairs()(captions, 77)                     # start, byte pairs, end, then zeros
     words = torch.tensor([320, 1125, 29340]).expand(len(ids), 3)
-    ids = torch.cat([ids[:, :1], words, ids[:, 1:]], dim=1)[:, :77]
+    ids = torch.cat([ids[:, :1], words, ids[:, 1:]], 1)[:, :77]
     ids[:, 76].masked_fill_(ids[:, 76] > 0, 49407)
     return ids

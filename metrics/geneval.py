@@ -226,6 +226,6 @@ def color_classifier(model, device="cpu"):
             picture = Image.composite(picture, gray, Image.fromarray(mask.cpu().numpy()))
         pixels = preprocess_pil(picture.crop(box), model.size)[None].to(device)
         cosines = color_vectors(model, name, device) @ model.image_features(pixels)[0]
-        return COLORS[int(cosines.argmax())]
+        return COLORS[cosines.argmax()]
 
     return color_of
