@@ -81,7 +81,7 @@ def clause(name, count=1, **more):
     return {"class": name, "count": count, **more}
 
 
-def judge(tag, include, exclude, seen):
+def verdict_on(tag, include, exclude, seen):
     """The verdict on {class: [(box, score, color), ...]}."""
     def color(box, name):
         return next(c for b, _, c in seen[name] if tuple(b) == tuple(box))
@@ -90,15 +90,15 @@ def judge(tag, include, exclude, seen):
     return geneval.verdict({"tag": tag, "include": include, "exclude": exclude}, detections, color)
 
 
-def row_of(*corners, color="red"):
-    """Boxes of 4 x 4 pixels with their left sides at `corners`."""
-    return [((x, 0, x + 4, 4), 0.9, color) for x in corners]
+def boxes_at(*places):
+    """Boxes of 4 x 4 pixels with their left sides at these places."""
+    return [((x, 0, x + 4, 4), 0.9, "red") for x in places]
 
 
 @pytest.mark.parametrize("case", GENEVAL["verdicts"])
 def test_golden_geneval_verdicts(case):
     exclude = case.get("exclude", [])
-    correct, why = judge(case["tag"], case["include"], exclude, case["detections"])
+    correct, why = verdict_on(case["tag"], case["include"], exclude, case["detections"])
     assert correct is case["right"]
     assert (why == "") == case["right"]
 
@@ -138,7 +138,7 @@ def test_a_score_at_the_threshold_is_out_in_float32_too(tag):
     just_above = np.nextafter(np.float32(limit), np.float32(1))
     cases = [(limit, False), (np.float32(limit), False), (just_above, True), (limit + 1e-9, False)]
     for score, right in cases:
-        assert judge(tag, [clause("dog")], [], {"dog": [(A, score, "red")]})[0] is right
+        assert verdict_on(tag, [clause("dog")], [], {"dog": [(A, score, "red")]})[0] is right
 
 
 def test_at_most_sixteen_boxes_count_the_surest():
@@ -146,30 +146,31 @@ def test_at_most_sixteen_boxes_count_the_surest():
     assert geneval.kept(boxes, "colors") == [box for box, _ in boxes[:3:-1]]
     assert len(geneval.kept(boxes, "colors")) == 16
     many = {"dog": [(*found, "red") for found in boxes]}
-    assert judge("single_object", [clause("dog", 16)], [clause("dog", 17)], many)[0]
-    assert not judge("single_object", [clause("dog", 1)], [clause("dog", 16)], many)[0]
+    assert verdict_on("single_object", [clause("dog", 16)], [clause("dog", 17)], many)[0]
+    assert not verdict_on("single_object", [clause("dog", 1)], [clause("dog", 16)], many)[0]
 
 
 def test_a_position_fails_with_its_target_and_says_so():
     include = [RED_DOG, clause("cat", position=["left of", 0])]
     dog, cat = ((60, 10, 100, 50), 0.9), ((5, 12, 40, 48), 0.9, "red")
-    assert judge("position", include, [], {"dog": [(*dog, "red")], "cat": [cat]}) == (True, "")
+    assert verdict_on("position", include, [], {"dog": [(*dog, "red")], "cat": [cat]}) == (True, "")
     seen = {"dog": [(*dog, "blue")], "cat": [cat]}
-    assert judge("position", include, [], seen) == (False, "expected 1 red dog, found blue")
+    assert verdict_on("position", include, [], seen) == (False, "expected 1 red dog, found blue")
     include = [clause("dog"), clause("cat", position=["above", 0])]
     why = "expected cat above its target, found it left of"
-    assert judge("position", include, [], seen) == (False, why)
-    missing = judge("position", include, [], {"cat": [cat]})
+    assert verdict_on("position", include, [], seen) == (False, why)
+    missing = verdict_on("position", include, [], {"cat": [cat]})
     assert missing == (False, "expected 1 dog, found 0")
     concentric = {"dog": [(A, 0.9, "red")], "cat": [(A, 0.9, "red")]}
-    assert judge("position", include, [], concentric)[1].endswith("found it at no side")
+    assert verdict_on("position", include, [], concentric)[1].endswith("found it at no side")
 
 
 def test_each_placed_object_must_stand_right_to_each_target():
     include = [clause("dog", 2), clause("cat", 2, position=["left of", 0])]
 
     def right(dogs, cats):
-        return judge("position", include, [], {"dog": row_of(*dogs), "cat": row_of(*cats)})[0]
+        seen = {"dog": boxes_at(*dogs), "cat": boxes_at(*cats)}
+        return verdict_on("position", include, [], seen)[0]
 
     assert right((50, 60), (0, 10))
     for dogs in ((50, 5), (5, 50)):                      # whichever of the two is looked at first
@@ -183,13 +184,13 @@ def test_each_placed_object_must_stand_right_to_each_target():
 ])
 def test_all_of_several_objects_must_have_the_color(colors, right):
     dogs = [((i, 0, i + 1, 1), 0.9, color) for i, color in enumerate(colors)]
-    assert judge("color_attr", [clause("dog", 2, color="red")], [], {"dog": dogs})[0] is right
+    assert verdict_on("color_attr", [clause("dog", 2, color="red")], [], {"dog": dogs})[0] is right
 
 
 @pytest.mark.parametrize("cats, right", [(0, True), (1, True), (2, False), (3, False)])
 def test_what_is_excluded_may_be_there_in_smaller_number(cats, right):
     seen = {"dog": [(A, 0.9, "red")], "cat": [(A, 0.8, "red")] * cats}
-    correct, why = judge("single_object", [clause("dog")], [clause("cat", 2)], seen)
+    correct, why = verdict_on("single_object", [clause("dog")], [clause("cat", 2)], seen)
     assert correct is right
     assert why == ("" if right else f"expected fewer than 2 cat, found {cats}")
 
