@@ -37,8 +37,9 @@ from recipes import tiny as tiny_recipes
 from teachers import SPECS, MaskBit, Spec, load_teacher
 from tests.published_files import (clip_file, clip_reward_file, generator_file, imagereward_file,
                                    maskgen_file, maskgit_file, meissonic_file,
-                                   open_clip_file,  # noqa: F401  (tests import all of them from here)
-                                   pickscore_file, titok_file, tokenizer_file, vqgan_file, vqvae_file)
+                                   open_clip_file,  # noqa: F401  (tests import them from here)
+                                   pickscore_file, titok_file, tokenizer_file, vqgan_file,
+                                   vqvae_file)
 
 
 # --------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def half_masked_tokens():
 
 
 def run_with_hooks(net, e, cond):
-    """(input of the first LayerNorm, [output of each block], logits) of a MaskBit, L+1 positions."""
+    """(input of first LayerNorm, [output of each block], logits) of a MaskBit, all L+1 positions."""
     first, hidden = [], []
     handles = [net.norm_in.register_forward_pre_hook(lambda m, args: first.append(args[0]))]
     for block in net.blocks:
