@@ -36,7 +36,7 @@ def head_layers(depth, heads):
 
 
 class Head(nn.Module):
-    """Features (B, L, D) of one layer -> (B, width): two convolutions on the token grid, a mean.
+    """Features (B, L, D) of one layer -> (B, width): two 3x3 convolutions on the grid, a mean.
 
     grid is the side of the token grid, or (rows, columns). None means tokens in a row (MaskGen),
     and convolutions in one dimension.
@@ -82,7 +82,7 @@ class Discriminator(nn.Module):
             nn.Linear(width * len(layers), mlp), nn.SiLU(), nn.Linear(mlp, 1))
 
     def forward(self, features, noise=0.0):
-        """A list of (B, L, D), one per layer -> real/fake logits (B,). noise: std added to them."""
+        """Features (B, L, D) of each layer -> real/fake logits (B,). noise is a std, on features."""
         if noise:                                                           # App. H.3
             features = [h + noise * torch.randn_like(h) for h in features]
         read = [head(h) for head, h in zip(self.heads, features)]

@@ -127,10 +127,10 @@ def sample_tokens(z, temperature=1.0, u=None):
         return z.argmax(-1)
     if u is None:
         u = torch.rand(z.shape[:-1], device=z.device)
-    z = z.float()
+    p = z.float()
     if temperature != 1:
-        z = z / temperature
-    p = z.softmax(-1).to(u.dtype)
+        p = p / temperature
+    p = p.softmax(-1).to(u.dtype)
     x = torch.searchsorted(p.cumsum(-1), u[..., None], right=True)          # (B, L, G, 1)
     last = p.shape[-1] - 1
     return x[..., 0].clamp_(max=last)
