@@ -82,7 +82,7 @@ class Discriminator(nn.Module):
             nn.Linear(width * len(layers), mlp), nn.SiLU(), nn.Linear(mlp, 1))
 
     def forward(self, features, noise=0.0):
-        """Features (B, L, D) of each layer -> real/fake logits (B,). noise is a std, on features."""
+        """Features (B, L, D) of each layer -> real/fake logits (B,). noise: a std, on features."""
         if noise:                                                           # App. H.3
             features = [h + noise * torch.randn_like(h) for h in features]
         read = [head(h) for head, h in zip(self.heads, features)]
