@@ -1,8 +1,8 @@
 """Are a teacher's published files the right ones, and does it know real images?
 
-    python data/check.py maskgit                                     # fetched, complete, how large?
-    python data/check.py maskgit --images /path/to/imagenet/val      # a folder per class
-    python data/check.py maskgen --images my/pictures                # NAME.jpg beside NAME.txt, its prompt
+    python data/check.py maskgit                                  # fetched, complete, how large?
+    python data/check.py maskgit --images /path/to/imagenet/val   # a folder per class
+    python data/check.py maskgen --images my/pictures             # NAME.txt beside NAME.jpg
 
 Look before you spend days of GPUs (README.md, "The four teachers"). Every key and every shape must
 fit; but weights that load can be wrong all the same. With images it shows in the tokenizer's
@@ -66,30 +66,28 @@ def knows(teacher, img, shown, batch=8, ratio=0.5):
     masked; nats_null, without the condition; nats_uniform, of a network that knows nothing.
     """
     net, tokenizer = teacher.net, teacher.tokenizer
-    E, bias = net.tables()
-    device = next(net.parameters()).device
-    if teacher.spec.text is None:
-        asked = torch.tensor(shown, device=device)
-    else:
+    if teacher.spec.text:
         asked = teacher.conditions(shown)
+    else:
+        asked = teacher.conditions()[shown]
+    tables = net.tables()
     generator = torch.Generator().manual_seed(0)
     error, nats = 0.0, torch.zeros(2)
     for pixels, some in zip(img.split(batch), asked.split(batch)):
         cond = teacher.cond(some)
-        pixels = pixels.to(device).float() / 255
+        pixels = pixels.to(asked.device).float() / 255
         x = tokenizer.encode(pixels)                                          # (B, L, G)
-        error += (decode_tokens(tokenizer, x, cond) - pixels).square().sum().item()
-        mask = exact_mask(ratio, torch.rand(x.shape, generator=generator)).to(device)
-        e = embed_tokens(x.masked_fill(mask, net.V), E, bias)                 # (B, L, d)
+        again = decode_tokens(tokenizer, x, cond)
+        error += (again - pixels).square().sum().item()
+        mask = exact_mask(ratio, torch.rand(x.shape, generator=generator)).to(asked.device)
+        e = embed_tokens(x.masked_fill(mask, net.V), *tables)                 # (B, L, d)
         for i, c in enumerate((cond, net.null(cond))):
-            nats[i] += F.cross_entropy(net(e, c)[mask], x[mask]).item() * len(pixels) / len(img)
-    return {
-        "psnr": -10 * math.log10(error / img.numel()),
-        "nats": nats[0].item(),
-        "nats_null": nats[1].item(),
-        "nats_uniform": math.log(net.V),
-        "images": len(img),
-    }
+            mean = F.cross_entropy(net(e, c)[mask], x[mask]).item()           # over masked tokens
+            nats[i] += mean * len(pixels) / len(img)
+    psnr = -10 * math.log10(error / img.numel())
+    nats, nats_null = nats.tolist()
+    guess = math.log(net.V)
+    return dict(psnr=psnr, nats=nats, nats_null=nats_null, nats_uniform=guess, images=len(img))
 
 
 def check(args):
@@ -114,24 +112,32 @@ def check(args):
     if args.images:
         img, shown = real_images(args.images, spec, args.n)
         found = knows(assemble(spec, modules, args.device), img, shown)
-        print("on {images} real images: reconstruction {psnr:.2f} dB; {nats:.3f} nats per masked token, "
-              "{nats_null:.3f} without the condition, {nats_uniform:.3f} for a guess".format(**found))
+        print("on {images} real images: reconstruction {psnr:.2f} dB; {nats:.3f} nats per masked "
+              "token, {nats_null:.3f} without the condition, {nats_uniform:.3f} for a guess"
+              .format(**found))
         print(json.dumps({"teacher": spec.name, **found}))
 
 
 def flags():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument
     add("teacher", choices=SPECS, metavar="NAME", help=f"one of {', '.join(SPECS)}")
-    add("--teacher_weights", metavar="PATH", help="local file or folder instead of the published network")
-    add("--tokenizer_weights", metavar="PATH", help="local file instead of the published tokenizer")
-    add("--text_weights", metavar="PATH", help="local file instead of the published text encoder")
+    add("--teacher_weights", metavar="PATH",
+        help="local file or folder instead of the published network")
+    add("--tokenizer_weights", metavar="PATH",
+        help="local file instead of the published tokenizer")
+    add("--text_weights", metavar="PATH",
+        help="local file instead of the published text encoder")
     add("--text_activation", choices=["gelu", "quick_gelu"],
         help="activation of the text encoder, instead of the teacher's own")
     add("--random_weights", action="store_true", help="no files at all: to see sizes")
-    add("--images", metavar="FOLDER", help="real images: a subfolder per class, or with prompts in NAME.txt")
-    add("--n", type=positive_int, default=64, help="how many of these images to look at (%(default)s)")
-    add("--device", choices=["cuda", "cpu"], default=default_device(), help="where to run (%(default)s)")
+    add("--images", metavar="FOLDER",
+        help="real images: a subfolder per class, or prompts beside them in NAME.txt")
+    add("--n", type=positive_int, default=64,
+        help="how many of these images to look at (%(default)s)")
+    add("--device", choices=["cuda", "cpu"], default=default_device(),
+        help="where to run (%(default)s)")
     return ap
 
 

@@ -1,8 +1,8 @@
 """ImageNet, or any folder of one subfolder per class, as tokens of a teacher's own tokenizer.
 
-    python data/imagenet.py /path/to/train --teacher maskbit --out data/imagenet    # the plain images
-    python data/imagenet.py /path/to/train --teacher maskbit --flip                 # and mirrored
-    python data/imagenet.py /path/to/train --teacher maskbit --crops 4              # and 4 crops each
+    python data/imagenet.py /path/to/train --teacher maskbit              # the plain images
+    python data/imagenet.py /path/to/train --teacher maskbit --flip       # and mirrored
+    python data/imagenet.py /path/to/train --teacher maskbit --crops 4    # and 4 crops each
 
 Class ids are the subfolders' ranks by name: ImageNet's WordNet ids, sorted, are what the published
 teachers learned. An image becomes one row of tokens, or more (its variants, side by side):
@@ -30,7 +30,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.images import list_images, read_ahead, variants  # noqa: E402
-from data.tokens import begin_folder, describe, encode, token_dtype, tokenizer_flags, tokenizer_of, write_lines, write_meta  # noqa: E402
+from data.tokens import (  # noqa: E402
+    begin_folder, describe, encode, token_dtype, tokenizer_flags, tokenizer_of, write_lines,
+    write_meta)
 from machinery.errors import UserError, guard  # noqa: E402
 from machinery.files import ROOT, replacing  # noqa: E402
 from machinery.flags import nonnegative_int, positive_int  # noqa: E402
@@ -40,15 +42,15 @@ ARRAYS = ("tokens.npy", "labels.npy")
 SAVE_EVERY = 5.0                                      # seconds of work that a kill may cost
 
 
-# ------------------------------------------------------------------------------------ arrays that grow
+# ------------------------------------------------------------------------------- arrays that grow
 def allocate(path, dtype, shape):
     """An .npy file of zeros, really written: a full disk shows now, not as a crash hours later."""
-    zeros = np.zeros(shape, dtype)                    # only promised: takes no memory until written to
+    zeros = np.zeros(shape, dtype)                    # takes no memory until it is written to
     try:
         with replacing(path) as f:
             np.save(f, zeros)
     except OSError as err:
-        Path(path + ".tmp").unlink(missing_ok=True)
+        Path(f"{path}.tmp").unlink(missing_ok=True)
         raise UserError(f"cannot allocate {zeros.nbytes / 1e6:,.1f} MB for {path} "
                         f"({err.strerror or err}); no work is lost")
 
@@ -61,42 +63,43 @@ def shrink(path, n):
             np.save(f, rows[:n])
 
 
-# ------------------------------------------------------------------------------------ begin, or go on
+# -------------------------------------------------------------------------------- begin, or go on
 def check_classes(classes, args):
     """UserError where class ids would not mean what the teacher learned."""
     known = SPECS[args.teacher].classes
     if len(classes) == known or len(classes) < known and args.allow_other_classes:
         return
     hint = "; --allow_other_classes goes on all the same" if len(classes) < known else ""
-    raise UserError(f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), "
-                    f"{args.teacher} knows {known}: the labels would not mean what it learned{hint}")
+    raise UserError(
+        f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), "
+        f"{args.teacher} knows {known}: the labels would not mean what it learned{hint}")
 
 
 def earlier_run(out, meta):
-    """The meta.json of an earlier run with the same arguments, or None; UserError if others differ."""
-    if not all(Path(out, name).exists() for name in ("meta.json", *ARRAYS)):
+    """The meta.json of an earlier run with these arguments, or None; UserError if they differ."""
+    if not all(os.path.exists(f"{out}/{name}") for name in ("meta.json", *ARRAYS)):
         return None
-    old = json.loads(Path(out, "meta.json").read_text())
+    old = json.loads(Path(f"{out}/meta.json").read_text())
     named = {"files": "another list of images",
              "tokenizer": "other --tokenizer_weights or --random_weights"}
     for key in ("teacher", "tokenizer", "files", "flip", "crops", "seed"):
         if old.get(key) != meta[key]:
             what = named.get(key, f"--{key} {old.get(key)} instead of {meta[key]}")
-            raise UserError(f"{out} holds tokens made with {what}: give the same arguments to go on, "
-                            "another --out, or --overwrite to begin anew")
+            raise UserError(
+                f"{out} holds tokens made with {what}: give the same arguments to go on, "
+                "another --out, or --overwrite to begin anew")
     return old
 
 
-# ------------------------------------------------------------------------------------ encode
+# ----------------------------------------------------------------------------------------- encode
 def encode_images(args, tokenizer, labels, meta):
     """Fill the arrays. meta counts: "done" images looked at, "n" rows written."""
     names, image = list(labels), SPECS[args.teacher].image
-    tokens, classes = [np.load(Path(args.out, name), mmap_mode="r+") for name in ARRAYS]
+    tokens, classes = [np.load(f"{args.out}/{name}", mmap_mode="r+") for name in ARRAYS]
 
     def read(i):
-        path = os.path.join(args.folder, names[i])
-        views = variants(path, image, args.flip, args.crops, seed=(args.seed, i))
-        return views, labels[names[i]]
+        path, seed = os.path.join(args.folder, names[i]), (args.seed, i)
+        return variants(path, image, args.flip, args.crops, seed), labels[names[i]]
 
     def record():
         """Put on disk the data first, then the claim that they are there."""
@@ -126,22 +129,22 @@ def encode_images(args, tokenizer, labels, meta):
 
 
 def finish(args, meta):
-    """Name what was skipped, cut the arrays to what was written, and declare the folder complete."""
+    """Name what was skipped, cut the arrays to what was written, declare the folder complete."""
     count, skipped = meta["done"], meta["skipped"]
-    paths = [os.path.join(args.out, name) for name in ARRAYS]
     if not meta["n"]:
-        for path in (*paths, os.path.join(args.out, "meta.json")):
-            os.remove(path)
+        for name in ("meta.json", *ARRAYS):
+            os.remove(f"{args.out}/{name}")
         name, why = skipped[0]
         raise UserError(f"none of the {count:,} images in {args.folder} can be read; the first, "
                         f"{name}: {why}")
-    write_lines(os.path.join(args.out, "skipped.txt"), [f"{name}\t{why}" for name, why in skipped])
-    for path in paths:
-        shrink(path, meta["n"])
+    write_lines(f"{args.out}/skipped.txt", [f"{name}\t{why}" for name, why in skipped])
+    for name in ARRAYS:
+        shrink(f"{args.out}/{name}", meta["n"])
     write_meta(args.out, meta | dict(complete=True, skipped=len(skipped)))
     story = f"{len(skipped)} images unreadable, named in skipped.txt" if skipped else "none skipped"
-    print(f"{args.out}: {count - len(skipped):,} images, {meta['n']:,} rows, "
-          f"{os.path.getsize(paths[0]) / 1e6:,.1f} MB; {story}")
+    size = os.path.getsize(f"{args.out}/tokens.npy") / 1e6
+    print(f"{args.out}: {count - len(skipped):,} images, {meta['n']:,} rows, {size:,.1f} MB; "
+          f"{story}")
 
 
 def main(args):
@@ -150,8 +153,10 @@ def main(args):
     tokenizer = tokenizer_of(args)
     meta = describe(tokenizer, args.teacher, os.path.abspath(args.folder))
     files = hashlib.sha256(os.fsencode("\n".join(labels))).hexdigest()
-    meta |= dict(variants=1 + args.flip + args.crops, flip=args.flip, crops=args.crops, seed=args.seed)
-    meta |= dict(class_names=classes, files=files, complete=False, done=0, n=0, skipped=[])
+    meta |= dict(
+        variants=1 + args.flip + args.crops, flip=args.flip, crops=args.crops, seed=args.seed,
+        class_names=classes, files=files, complete=False, done=0, n=0, skipped=[],
+    )
     old = None if args.overwrite else earlier_run(args.out, meta)
     if old and old["complete"]:
         print(f"{args.out} is complete, {old['n']:,} rows; --overwrite makes it anew")
@@ -162,18 +167,19 @@ def main(args):
     else:
         begin_folder(args.out)
         rows = len(labels) * meta["variants"]
-        shapes = (rows, meta["L"], meta["G"]), (rows,)
-        for name, dtype, shape in zip(ARRAYS, (token_dtype(meta["V"]), np.uint16), shapes):
-            allocate(os.path.join(args.out, name), dtype, shape)
+        shape = rows, meta["L"], meta["G"]
+        allocate(f"{args.out}/tokens.npy", token_dtype(meta["V"]), shape)
+        allocate(f"{args.out}/labels.npy", np.uint16, (rows,))
     encode_images(args, tokenizer, labels, meta)
     finish(args, meta)
 
 
 def flags():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = ap.add_argument
     add("folder", help="one subfolder per class, images in them")
-    add("--out", default=os.path.join(ROOT, "data", "imagenet"), help="folder to write (%(default)s)")
+    add("--out", default=f"{ROOT}/data/imagenet", help="folder to write (%(default)s)")
     add("--flip", action="store_true", help="add every image mirrored")
     add("--crops", type=nonnegative_int, default=0, metavar="K",
         help="add K random-resized crops of every image (%(default)s)")

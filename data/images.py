@@ -6,11 +6,11 @@ Every folder of pictures in this repository is one of three kinds, and is listed
     list_pairs       pictures, each with its prompt beside it in NAME.txt
     folder_images    any pictures, at any depth: what FID compares with
 
-A picture that cannot be read raises Unreadable with the reason, and the caller decides: scripts that
-prepare data leave it out and name it, statistics refuse the whole folder.
+A picture that cannot be read raises Unreadable with the reason, and the caller decides: scripts
+that prepare data leave it out and name it, statistics refuse the whole folder.
 
-# choice: 16-bit gray keeps its high byte, transparency is laid on white (clean-fid clips the one and
-# drops the other). An EXIF orientation is ignored, as in the teachers' own training pipelines.
+# choice: 16-bit gray keeps its high byte, transparency is laid on white (clean-fid clips the one
+# and drops the other). An EXIF orientation is ignored, as in the teachers' own training pipelines.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from machinery.processes import gather
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-# ------------------------------------------------------------------------------------ finding
+# ---------------------------------------------------------------------------------------- finding
 def is_image(name):
     """Judged by the name alone; hidden files do not count."""
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
@@ -63,8 +63,9 @@ def list_images(folder):
         if not found:
             empty.append(name)
     if empty:
-        raise UserError(f"{len(empty)} of the {len(classes)} class folders in {folder} hold no images "
-                        f"({', '.join(empty[:4])}{', ...' if len(empty) > 4 else ''}): fill or remove them")
+        some = ", ".join(empty[:4]) + (", ..." if len(empty) > 4 else "")
+        raise UserError(f"{len(empty)} of the {len(classes)} class folders in {folder} hold no "
+                        f"images ({some}): fill or remove them")
     return classes, labels
 
 
@@ -78,23 +79,23 @@ def list_pairs(folder):
     files = set(os.listdir(folder)) if os.path.isdir(folder) else ()
     names = sorted(name for name in files if is_image(name) and text_beside(name) in files)
     if not names:
-        raise UserError(f"--images {folder}: expected a folder of images, each with its prompt beside it "
-                        "in NAME.txt")
+        raise UserError(f"--images {folder}: expected a folder of images, each with its prompt "
+                        "beside it in NAME.txt")
     return names
 
 
-# ------------------------------------------------------------------------------------ opening
+# ---------------------------------------------------------------------------------------- opening
 class Unreadable(Exception):
     """Why a picture or its text cannot be used, on one line."""
 
 
 @contextlib.contextmanager
 def opened(path, channels):
-    """The picture in a file, gray or RGB; whatever goes wrong inside the block becomes Unreadable."""
+    """The picture in a file, gray or RGB. What goes wrong inside the block becomes Unreadable."""
     try:
         with Image.open(path) as file:
             yield convert(file, {1: "L", 3: "RGB"}[channels])
-    except Exception as err:                          # Pillow raises a dozen kinds for a broken file
+    except Exception as err:                          # Pillow has a dozen kinds for a broken file
         raise Unreadable(" ".join(f"{type(err).__name__}: {err}".split()))
 
 
@@ -110,11 +111,11 @@ def convert(img, mode):
 
 
 def pixels(img):
-    """uint8 (C, H, W)."""
+    """A Pillow picture as uint8 (C, H, W)."""
     return np.atleast_3d(np.array(img)).transpose(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------ cutting
+# ---------------------------------------------------------------------------------------- cutting
 def center_crop(img, size):
     """The shorter side resized to `size`, then the central square."""
     w, h = (int(size * n / min(img.size)) for n in img.size)
@@ -142,10 +143,10 @@ def random_crop(img, size, rng):
 
 
 def variants(path, image, flip=False, crops=0, seed=()):
-    """What becomes of an image for a teacher of `image` (C, H, W): uint8 (1 + flip + crops, C, H, W).
+    """An image cut for a teacher of `image` (C, H, W): uint8 (K, C, H, W), K = 1 + flip + crops.
 
     Crop k has a generator of its own, from (*seed, k): it does not depend on order, threads or
-    interruptions.
+    interruptions. Raises Unreadable.
     """
     channels, size, _ = image
     with opened(path, channels) as img:
@@ -182,18 +183,19 @@ def read_ahead(read, items, batch, workers, done=0):
             bar.update(len(now))
 
 
-# ------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------- statistics
 class FolderImages(NamedTuple):
     names: list                                       # paths, sorted
-    make: Callable                                    # indices (b,) -> a list of b uint8 pictures (C, H, W)
-    complain: Callable                                # raises UserError if any picture was unreadable
+    make: Callable                                    # indices (b,) -> b pictures, uint8 (C, H, W)
+    complain: Callable                                # raises UserError if one was unreadable
 
 
 def folder_images(folder, flag, image=None):
     """All images of a folder and below it as FolderImages: RGB, each of its own size.
 
     image (C, H, W): resized and center-cropped to that. What cannot be read counts as black until
-    complain() raises, on every process: left out, it would make the statistics those of other images.
+    complain() raises, on every process: left out, it would make the statistics those of other
+    images.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder}: no such folder; expected one with images in it")

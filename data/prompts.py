@@ -1,16 +1,18 @@
 """Prompts to distill from, one per line; or images with their captions, as real tokens for the GAN.
 
-    python data/prompts.py captions.parquet --min_score 6                    # writes data/prompts.txt
-    python data/prompts.py a.jsonl b.csv --column caption --limit 100000     # several sources, one list
-    python data/prompts.py --images /path/to/pairs --teacher maskgen         # writes data/pairs/
+    python data/prompts.py captions.parquet --min_score 6                  # data/prompts.txt
+    python data/prompts.py a.jsonl b.csv --column caption --limit 100000   # several, one list
+    python data/prompts.py --images /path/to/pairs --teacher maskgen       # data/pairs/
 
 A text teacher is distilled from prompts alone, train.py --prompts FILE. For Meissonic, Di[M]O takes
 the captions of LAION-Aesthetics with a score of 6 or more: published elsewhere, as parquet, one row
 per image, with columns such as TEXT or caption, and AESTHETIC_SCORE; bring your own copy. Names of
 files say what is in them:
 
-    .txt         a prompt per line                .json      a list of strings or records, or as .jsonl
-    .csv .tsv    the first line names the fields  .jsonl     a string or a record per line
+    .txt         a prompt per line
+    .csv .tsv    the first line names the fields
+    .json        a list of strings or of records, or as .jsonl
+    .jsonl       a string or a record per line
     .parquet     needs pyarrow
 
 A prompt becomes one line: white space of any kind is one blank, control characters are gone. Empty,
@@ -48,7 +50,7 @@ CAPTIONS = ("caption", "TEXT", "text", "prompt")
 SCORES = ("AESTHETIC_SCORE", "aesthetic", "aesthetic_score")
 
 
-# ------------------------------------------------------------------------------------ one prompt
+# ------------------------------------------------------------------------------------- one prompt
 # Not white space, which becomes a blank; nor what joins emoji or turns the direction of writing.
 CONTROL = [i for i in (*range(32), *range(127, 160), 0xFEFF) if not chr(i).isspace()]
 
@@ -59,25 +61,26 @@ def clean(text):
 
 
 def read_prompts(path, flag="--prompts", numbered=False):
-    """The prompts of a text file, one per line. Empty lines are left out, or, if numbered, refused."""
+    """The prompts of a text file, one per line; empty lines are left out, if numbered refused."""
     expected = "expected a text file, one prompt per line"
     try:
-        with open(local(path), encoding="utf-8") as f:
-            lines = f.read().rstrip().split("\n")
+        lines = Path(local(path)).read_text("utf-8").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as err:
         raise UserError(f"{flag} {path}: cannot read ({err}); {expected}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{flag} {path}: no prompt in it; {expected}")
     if numbered and len(prompts) < len(lines):
-        raise UserError(f"{flag} {path}: a line amid it is empty; expected a caption on each, as image i has line i")
+        raise UserError(f"{flag} {path}: a line amid it is empty; expected a caption on each, as "
+                        "image i has line i")
     return prompts
 
 
-# ------------------------------------------------------------------------------------ sources
-# A reader yields (where, entry) for all that is in a file. An entry is a string, a record (dict), or
-# Broken: then the reader can go on after it. Bytes that are not UTF-8 pass as surrogates and are
-# named later, by find_prompt: a decoder that raises cannot go on.
+# ---------------------------------------------------------------------------------------- sources
+# A reader yields (where, entry) for all that is in a file. An entry is a string, a record (dict),
+# or Broken: then the reader can go on after it. Bytes that are not UTF-8 pass as surrogates and
+# are named later, by find_prompt: a decoder that raises cannot go on. `wanted` are the fields that
+# may be asked for.
 TEXT = dict(encoding="utf-8-sig", errors="surrogateescape")
 
 
@@ -94,7 +97,7 @@ def read_text(path, wanted):
 def read_table(path, wanted):
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     with open(path, newline="", **TEXT) as f:
-        lines = (line.replace("\0", "") for line in f)            # csv stops at a NUL before Python 3.11
+        lines = (line.replace("\0", "") for line in f)            # Python 3.10's csv stops at NUL
         table = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             names = next(filter(None, table), [])                 # the first line that is not empty
@@ -102,7 +105,7 @@ def read_table(path, wanted):
             raise UserError(f"{path}, line 1: {err}, where the names of the fields should be")
         names = [name.strip() for name in names]
         while True:
-            where = f"line {table.line_num + 1}"                  # a row's first: quoted fields may have several
+            where = f"line {table.line_num + 1}"                  # where a row begins
             try:
                 row = next(table)
             except StopIteration:
@@ -168,15 +171,15 @@ READERS = {".txt": read_text, ".csv": read_table, ".tsv": read_table, ".json": r
            ".jsonl": read_json_lines, ".parquet": read_parquet}
 
 
-# ------------------------------------------------------------------------------------ captions to prompts
+# ---------------------------------------------------------------------------- captions to prompts
 def choose(names, given, usual, path, flag):
     """The field `given`, or the first usual one, among the names in a source's first record."""
     wanted = [given] if given else usual
     for name in wanted:
         if name in names:
             return name
-    raise UserError(f"{path}: expected a field {' or '.join(wanted)}, found {', '.join(names) or 'none'}; "
-                    f"name it by {flag}")
+    raise UserError(f"{path}: expected a field {' or '.join(wanted)}, found "
+                    f"{', '.join(names) or 'none'}; name it by {flag}")
 
 
 def find_prompt(entry, column, score_column):
@@ -214,7 +217,8 @@ def read_source(path, args):
             yield find_prompt(entry, column, score_column)
         except Broken as err:
             if not args.skip_broken:
-                raise UserError(f"{path}, {where}: {err}; mend it, or leave out what is broken by --skip_broken")
+                raise UserError(f"{path}, {where}: {err}; mend it, or leave out what is broken by "
+                                "--skip_broken")
             yield None
 
 
@@ -235,7 +239,7 @@ def refusal(found, kept, args):
 
 def write_prompts(args):
     everything = (found for path in args.sources for found in read_source(path, args))
-    kept, dropped = {}, Counter()                     # a dict keeps order, and finds what is repeated
+    kept, dropped = {}, Counter()                     # a dict: has an order, finds repetitions
     for found in tqdm(everything, unit=" entries", leave=False):
         why = refusal(found, kept, args)
         if why:
@@ -254,56 +258,61 @@ def write_prompts(args):
     print(f"{args.out}: {len(kept):,} prompts; {story}")
 
 
-# ------------------------------------------------------------------------------------ pairs to tokens
+# -------------------------------------------------------------------------------- pairs to tokens
 def read_pair(path, image):
     """(prompt, uint8 (1, C, H, W)) of an image and the text beside it. Raises Unreadable."""
     try:
-        with open(text_beside(path), encoding="utf-8-sig") as f:
-            prompt = clean(f.read())
+        prompt = clean(Path(text_beside(path)).read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as err:
         raise Unreadable(f"its prompt: {err}")
-    view = variants(path, image)
+    views = variants(path, image)
     if not prompt:
         raise Unreadable("its prompt is empty")
-    return prompt, view
+    return prompt, views
 
 
 def write_pairs(args):
     spec, folder = SPECS[args.teacher], args.images
     if spec.text is None:
-        raise UserError(f"{args.teacher} learned classes, not prompts: its tokens are made by data/imagenet.py")
+        raise UserError(f"{args.teacher} learned classes, not prompts: its tokens are made by "
+                        "data/imagenet.py")
     names = list_pairs(folder)[: args.limit]
     tokenizer = tokenizer_of(args)
     meta = describe(tokenizer, args.teacher, os.path.abspath(folder))
     dtype = token_dtype(meta["V"])
-    os.makedirs(args.out, exist_ok=True)              # a place that cannot be written to shows before the work
+    os.makedirs(args.out, exist_ok=True)              # fails now where nothing can be written
 
     def read(name):
         return read_pair(os.path.join(folder, name), spec.image)
 
     x, labels, line_of, skipped = [], [], {}, []      # line_of: each prompt once, and its line
-    for good, bad in read_ahead(read, names, args.batch, workers=min(8, os.cpu_count() or 1)):
+    workers = min(8, os.cpu_count() or 1)
+    for good, bad in read_ahead(read, names, args.batch, workers):
         skipped += [f"{name}\t{why}" for name, why in bad]
         if good:
             prompts, views = zip(*good)
             x.append(encode(tokenizer, np.concatenate(views)).astype(dtype))
             labels += [line_of.setdefault(prompt, len(line_of)) for prompt in prompts]
     if not labels:
-        raise UserError(f"none of the {len(names):,} pairs in {folder} can be read; the first, {skipped[0]}")
-    meta |= dict(n=len(labels), variants=1, prompts=len(line_of), skipped=len(skipped), complete=True)
+        raise UserError(f"none of the {len(names):,} pairs in {folder} can be read; the first, "
+                        f"{skipped[0]}")
+    meta |= dict(n=len(labels), variants=1, prompts=len(line_of), skipped=len(skipped),
+                 complete=True)
     texts = {"prompts.txt": line_of, "skipped.txt": skipped}
-    write_folder(args.out, np.concatenate(x), np.array(labels, np.uint32), meta, texts)
+    labels = np.array(labels, np.uint32)
+    write_folder(args.out, np.concatenate(x), labels, meta, texts)
     story = f"{len(skipped)} images left out, listed in skipped.txt" if skipped else "none skipped"
     print(f"{args.out}: {len(labels):,} images, {len(line_of):,} prompts; {story}")
 
 
-# ------------------------------------------------------------------------------------ the script
+# ------------------------------------------------------------------------------------- the script
 def main(args):
     if bool(args.sources) == bool(args.images):
         raise UserError("expected either SOURCE files with prompts, or --images FOLDER")
     default = "pairs" if args.images else "prompts.txt"
-    args.out = args.out or os.path.join(ROOT, "data", default)
-    if os.path.realpath(args.out) in map(os.path.realpath, args.sources or [args.images]):
+    args.out = args.out or f"{ROOT}/data/{default}"
+    inputs = [os.path.realpath(path) for path in args.sources or [args.images]]
+    if os.path.realpath(args.out) in inputs:
         raise UserError(f"--out {args.out} would overwrite what it is made from")
     if args.images:
         write_pairs(args)
@@ -314,19 +323,26 @@ def main(args):
 
 
 def flags():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--out", help="file of prompts, or folder of pairs, to write (data/prompts.txt, data/pairs)")
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--out", help="what to write: a file of prompts (data/prompts.txt), or a "
+                                  "folder of pairs (data/pairs)")
     ap.add_argument("--limit", type=positive_int, metavar="N",
                     help="keep the first N prompts; take the first N images (all)")
     add = ap.add_argument_group("prompts").add_argument
     add("sources", nargs="*", metavar="SOURCE", help="a file with prompts; several are read as one")
-    add("--column", metavar="NAME", help=f"the prompt's field (the first found of {', '.join(CAPTIONS)})")
-    add("--min_score", type=number(), metavar="X", help="keep prompts with a score of X or more (all)")
-    add("--score_column", metavar="NAME", help=f"the score's field (the first of {', '.join(SCORES)})")
-    add("--max_chars", type=positive_int, default=1000, help="leave out longer prompts (%(default)s)")
+    add("--column", metavar="NAME",
+        help=f"the prompt's field (the first found of {', '.join(CAPTIONS)})")
+    add("--min_score", type=number(), metavar="X",
+        help="keep prompts with a score of X or more (all)")
+    add("--score_column", metavar="NAME",
+        help=f"the score's field (the first found of {', '.join(SCORES)})")
+    add("--max_chars", type=positive_int, default=1000,
+        help="leave out prompts of more characters (%(default)s)")
     add("--skip_broken", action="store_true", help="leave out and count what is broken")
     pairs = ap.add_argument_group("pairs")
-    pairs.add_argument("--images", metavar="FOLDER", help="images, each with its prompt beside it in NAME.txt")
+    pairs.add_argument("--images", metavar="FOLDER",
+                       help="images, each with its prompt beside it in NAME.txt")
     tokenizer_flags(pairs, SPECS, "maskgen")
     return ap
 

@@ -29,7 +29,7 @@ from machinery.processes import send
 from teachers import SPECS, build
 
 
-# ------------------------------------------------------------------------------------ writing
+# ---------------------------------------------------------------------------------------- writing
 def tokenizer_flags(ap, teachers, default):
     """The flags of every script that turns images into tokens."""
     add = ap.add_argument
@@ -81,7 +81,7 @@ def begin_folder(out):
     """Make a folder for tokens. What an older meta.json claims of it no longer holds."""
     os.makedirs(out, exist_ok=True)
     for name in ("meta.json", "skipped.txt"):
-        Path(out, name).unlink(missing_ok=True)
+        Path(f"{out}/{name}").unlink(missing_ok=True)
 
 
 def write_lines(path, lines):
@@ -92,45 +92,48 @@ def write_lines(path, lines):
 
 
 def write_meta(out, meta):
-    with replacing(os.path.join(out, "meta.json")) as f:
+    with replacing(f"{out}/meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
 
 
 def write_folder(out, tokens, labels, meta, texts={}):
-    """All of a folder; texts {file name: lines}. meta.json, the claim that it is whole, goes first and comes last."""
+    """All files of a folder; texts is {file name: lines}.
+
+    meta.json, the claim that the folder is whole, goes first and comes last.
+    """
     begin_folder(out)
     for name, lines in texts.items():
-        write_lines(os.path.join(out, name), lines)
-    for name, array in (("tokens.npy", tokens), ("labels.npy", labels)):
-        with replacing(os.path.join(out, name)) as f:
+        write_lines(f"{out}/{name}", lines)
+    for name, array in (("tokens", tokens), ("labels", labels)):
+        with replacing(f"{out}/{name}.npy") as f:
             np.save(f, array)
     write_meta(out, meta)
 
 
 def write_packed(f, **arrays):
-    """np.savez_compressed by LZMA, which is a sixth smaller here; np.load reads it like any .npz."""
+    """np.savez_compressed by LZMA, a sixth smaller here; np.load reads it like any .npz."""
     with zipfile.ZipFile(f, "w", zipfile.ZIP_LZMA) as packed:
         for name, array in arrays.items():
             with packed.open(f"{name}.npy", "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, np.asarray(array))
 
 
-# ------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------------- reading
 class Loaded(NamedTuple):
-    tokens: np.ndarray                                            # (n, L, G)
-    labels: np.ndarray                                            # (n,)
-    prompts: list | None                                          # what labels count; None for classes
+    tokens: np.ndarray                                # (n, L, G)
+    labels: np.ndarray                                # (n,) classes, or lines of the prompts
+    prompts: list | None                              # None for class teachers
 
 
 def read_arrays(path, text):
     """(Loaded, meta) as they stand in a folder, memory-mapped, or in an .npz."""
     prompts = None
     if os.path.isdir(path):
-        x = np.load(Path(path, "tokens.npy"), mmap_mode="r")
-        labels = np.load(Path(path, "labels.npy"), mmap_mode="r")
-        meta = Path(path, "meta.json").read_text()
+        x = np.load(f"{path}/tokens.npy", mmap_mode="r")
+        labels = np.load(f"{path}/labels.npy", mmap_mode="r")
+        meta = Path(f"{path}/meta.json").read_text()
         if text:
-            prompts = Path(path, "prompts.txt").read_text("utf-8").splitlines()
+            prompts = Path(f"{path}/prompts.txt").read_text("utf-8").splitlines()
     else:
         with np.load(path) as f:
             x, labels, meta = f["tokens"], f["labels"], f.get("meta", "{}")
@@ -142,7 +145,6 @@ def read_arrays(path, text):
 def load_tokens(path, teacher):
     """Loaded, for this teacher, from a folder that a script wrote, or from a packed .npz.
 
-    For a text teacher a label is a line of the prompts; otherwise it is a class, and there are none.
     UserError where the tokens are unfinished, damaged, or not this teacher's.
     """
     net, text = teacher.net, teacher.text is not None
@@ -156,13 +158,14 @@ def load_tokens(path, teacher):
         raise UserError(f"--data {path}: cannot read {what} ({err}); prepare them with {maker}")
     x, labels, prompts = loaded
     if not meta.get("complete", True):
-        raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them "
-                        "again, it goes on")
-    fits = x.shape[1:] == (net.L, net.G) and meta.get("V", net.V) == net.V
-    if not fits or len(x) != len(labels) or len(x) == 0:
-        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n labels, "
-                        f"got {x.shape} and {labels.shape} of {meta.get('teacher', 'unknown origin')}; "
-                        "were they made with this teacher's tokenizer?")
+        raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes "
+                        "them again, it goes on")
+    fits = x.shape[1:] == (net.L, net.G) and len(x) == len(labels) > 0
+    if not fits or meta.get("V", net.V) != net.V:
+        origin = meta.get("teacher", "unknown origin")
+        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n "
+                        f"labels, got {x.shape} and {labels.shape} of {origin}; were they made "
+                        "with this teacher's tokenizer?")
     if x.dtype.kind not in "ui" or labels.dtype.kind not in "ui":
         raise UserError(f"--data {path}: expected integers, got tokens of {x.dtype} and labels of "
                         f"{labels.dtype}")
@@ -187,7 +190,7 @@ def synthetic_tokens(teacher, n=1024):
 
 
 class RealTokens:
-    """Real tokens x (n, L, G) and their conditions, in an order that only (seed, index) determine."""
+    """Real tokens x (n, L, G) and their conditions, in an order that (seed, index) determine."""
 
     def __init__(self, path, teacher, seed):
         loaded = load_tokens(path, teacher) if path else synthetic_tokens(teacher)
@@ -209,19 +212,20 @@ class RealTokens:
         x = self.x[places].astype(np.int64)
         labels = self.labels[places].astype(np.int64)
         if x.max() >= self.V or x.min() < 0:
-            raise UserError(f"--data: a token {x.max()} among rows {places}, where all are below {self.V}: "
-                            "the file is damaged, make it again")
+            raise UserError(f"--data: a token {x.max()} among rows {places}, where all are below "
+                            f"{self.V}: the file is damaged, make it again")
         return send(torch.from_numpy(x), self.conditions.device), torch.from_numpy(labels)
 
 
-# ------------------------------------------------------------------------------------ prompts
+# ---------------------------------------------------------------------------------------- prompts
 class TextFeatures:
     """The conditions that prompts stand for. Each prompt is encoded once, when it is first drawn.
 
-    Always 16 prompts at a time: a prompt's features are the same bits whichever others are new with
-    it, and a resumed run stays exact. conditions (n, context) are token ids. Features are kept in
-    memory, or in a folder (--text_cache), where they outlive the run, for the same prompts and text
-    encoder: a sparse file for each part of the condition, and one that says which rows are filled in.
+    Always 16 prompts at a time: a prompt's features are the same bits whichever others are new
+    with it, and a resumed run stays exact. conditions (n, context) are token ids. Features are kept
+    in memory, or in a folder (--text_cache), where they outlive the run, for the same prompts and
+    text encoder: a sparse file for each part of the condition, and one that says which rows are
+    filled in.
     """
 
     CHUNK = 16
@@ -231,30 +235,27 @@ class TextFeatures:
         self.parts = self.why = None                  # why: they are not kept
         if cache == "off" or teacher.text is None:
             return
-        first = [part[:1].cpu() for part in teacher.cond(conditions[:1])]
-        n = len(conditions)
+        n, first = len(conditions), [part[:1].cpu() for part in teacher.cond(conditions[:1])]
         size = n * sum(part.nbytes for part in first)
         if cache == "memory" and size > limit:
-            self.why = (f"the features of {n:,} prompts would take {size / 1e9:.0f} GB of memory: each is "
-                        "encoded whenever it is drawn. --text_cache FOLDER keeps them on disk")
+            self.why = (f"the features of {n:,} prompts would take {size / 1e9:.0f} GB of memory: "
+                        "each is encoded whenever it is drawn. --text_cache FOLDER keeps them on "
+                        "disk")
             return
-        folder = None
         if cache != "memory":
-            name = f"{teacher.spec.name}-{fingerprint([conditions, *first])}"
-            folder = os.path.join(cache, name)
-            os.makedirs(folder, exist_ok=True)
+            cache += f"/{teacher.spec.name}-{fingerprint([conditions, *first])}"
+            os.makedirs(cache, exist_ok=True)
 
         def rows(i, part):
             """n rows of the i-th part, zero until they are filled in."""
-            shape = (n, *part.shape[1:])
-            if folder is None:
-                return torch.zeros(shape, dtype=part.dtype)       # untouched pages take no memory
-            file = os.path.join(folder, f"{i}.bin")
-            flat = torch.from_file(file, True, math.prod(shape), dtype=part.dtype)
-            return flat.view(shape)
+            shape, kind = (n, *part.shape[1:]), part.dtype
+            if cache == "memory":
+                return torch.zeros(shape, dtype=kind)             # untouched pages take none
+            file = torch.from_file(f"{cache}/{i}.bin", True, math.prod(shape), dtype=kind)
+            return file.view(shape)
 
-        known = torch.zeros(1, dtype=torch.bool)
-        *self.parts, self.known = [rows(i, part) for i, part in enumerate([*first, known])]
+        first.append(torch.zeros(1, dtype=torch.bool))            # known: is this row filled in?
+        *self.parts, self.known = [rows(i, part) for i, part in enumerate(first)]
 
     def __call__(self, which):
         """cond of rows `which` (B,) of the conditions, a tensor on the host."""
@@ -268,5 +269,5 @@ class TextFeatures:
             cond = self.teacher.cond(self.conditions[send(full, device)])
             for kept, part in zip(self.parts, cond):
                 kept[some] = part[: len(some)].cpu()
-            self.known[some] = True                   # after the features: a killed run leaves no holes
+            self.known[some] = True                   # after the features: a kill leaves no holes
         return tuple(send(part[which], device) for part in self.parts)
