@@ -286,8 +286,7 @@ def write_pairs(args):
         return read_pair(os.path.join(folder, name), spec.image)
 
     x, labels, line_of, skipped = [], [], {}, []      # line_of: each prompt once, and its line
-    workers = min(8, os.cpu_count() or 1)
-    for good, bad in read_ahead(read, names, args.batch, workers):
+    for good, bad in read_ahead(read, names, args.batch, workers=8):
         skipped += [f"{name}\t{why}" for name, why in bad]
         if good:
             prompts, views = zip(*good)

@@ -1,7 +1,7 @@
 """data/check.py: are a teacher's files the right ones, and does it know real images?
 
     pytest tests/test_check.py
-    FULL_SIZE=1 pytest tests/test_check.py       # MaskBit at its published size too: a minute, 4 GB of memory
+    FULL_SIZE=1 pytest tests/test_check.py       # MaskBit at its published size too: a minute, 4 GB
 """
 
 import json
@@ -23,7 +23,8 @@ from machinery.errors import UserError
 from machinery.files import ROOT
 from networks import autoencoders, weights
 from teachers import SPECS
-from tests.common import agrees, generator_file, integers, seeded, tiny_teacher, tokenizer_file, uniform
+from tests.common import agrees, generator_file, integers, seeded, tiny_teacher, tokenizer_file
+from tests.common import uniform
 
 
 def photo(path, seed):
@@ -72,9 +73,9 @@ def test_folders_that_cannot_check_a_teacher_are_refused_with_a_sentence(tmp_pat
     refused(tmp_path, "cannot read 0.png: UnidentifiedImageError")
 
 
-# ------------------------------------------------------------------------------------ what a teacher knows
+# --------------------------------------------------------------------------- what a teacher knows
 class AllKnowing:
-    """Net and tokenizer of a world where an image of class c is all tokens c: certain of them if told c."""
+    """Net and tokenizer of a world where an image of class c is all tokens c. Told c, it is sure."""
 
     V, L, G = 8, 16, 1
 
@@ -109,7 +110,7 @@ def test_knowing_is_measured_in_decibels_and_in_nats_per_masked_token():
                                    "nats_uniform": guess, "images": 5}, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------ the script
+# ------------------------------------------------------------------------------------- the script
 def test_check_reports_each_file_and_what_the_teacher_knows(tmp_path, capsys):
     teacher, spec = tiny_teacher("maskgen-tiny"), SPECS["maskgen-tiny"]
     paths = {role: str(tmp_path / f"{role}.bin") for role in spec.roles}
@@ -118,8 +119,9 @@ def test_check_reports_each_file_and_what_the_teacher_knows(tmp_path, capsys):
     photo(tmp_path / "a.png", 0)
     (tmp_path / "a.txt").write_text("a cat")
     args = check.flags().parse_args([
-        "maskgen-tiny", "--device", "cpu", "--n", "4", "--images", str(tmp_path), "--teacher_weights", paths["net"],
-        "--tokenizer_weights", paths["tokenizer"], "--text_weights", paths["text"]])
+        "maskgen-tiny", "--device", "cpu", "--n", "4", "--images", str(tmp_path),
+        "--teacher_weights", paths["net"], "--tokenizer_weights", paths["tokenizer"],
+        "--text_weights", paths["text"]])
     check.check(args)
     *lines, last = capsys.readouterr().out.splitlines()
     for line, (role, path) in zip(lines, paths.items()):
@@ -158,13 +160,14 @@ def test_flags_out_of_range_are_refused_by_name(capsys, flags, words):
     assert words in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------ full size
-@pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="a minute and 4 GB of memory: set FULL_SIZE=1")
+# -------------------------------------------------------------------------------------- full size
+@pytest.mark.skipif(not os.environ.get("FULL_SIZE"), reason="a minute and 4 GB: set FULL_SIZE=1")
 def test_full_size_maskbit_gives_the_golden_numbers():
     with open(os.path.join(ROOT, "tests", "golden", "maskbit_full_size.json")) as f:
         golden = json.load(f)
-    net = weights.load_state(teachers.MaskBit(), seeded(generator_file()), "seeded").eval()
-    tokenizer = weights.load_state(autoencoders.BitTokenizer(), seeded(tokenizer_file()), "seeded").eval()
+    net, tokenizer = teachers.MaskBit(), autoencoders.BitTokenizer()
+    net = weights.load_state(net, seeded(generator_file()), "seeded").eval()
+    tokenizer = weights.load_state(tokenizer, seeded(tokenizer_file()), "seeded").eval()
     x = integers(20, 128, 2, 256, 2).masked_fill(uniform(21, 2, 256, 2) < 0.5, 128)
     entries = integers(22, 2**14, 1, 256)             # both groups in one number
     pairs = torch.stack([entries % 128, entries // 128], -1)

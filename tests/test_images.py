@@ -24,7 +24,7 @@ def noise(seed, height, width, channels=3):
     return Image.fromarray(draw.integers(0, 256, (height, width, channels), dtype=np.uint8))
 
 
-# ------------------------------------------------------------------------------------ pictures
+# --------------------------------------------------------------------------------------- pictures
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 DEEP = Image.fromarray(RAMP.astype(np.uint16) * 256 + 7)                      # 16 bits
 
@@ -72,7 +72,7 @@ def test_variants_are_the_plain_image_its_mirror_and_the_numbered_crops(tmp_path
 
 
 def test_a_crop_that_fits_nowhere_is_the_center_square_or_its_mirror():
-    wide = noise(0, 256, 256).resize((96, 64))        # 0.8 of its area is a square of 70, and it is 64 high
+    wide = noise(0, 256, 256).resize((96, 64))        # 0.8 of its area: 70 x 70, above 64
     center = wide.crop((16, 0, 80, 64)).resize((32, 32), Image.Resampling.BICUBIC)
     center = np.asarray(center)
     for k in range(8):
@@ -85,7 +85,7 @@ def test_a_center_crop_has_the_size_asked_for_whatever_the_shape():
         assert images.center_crop(noise(0, h, w), 32).size == (32, 32)
 
 
-# ------------------------------------------------------------------------------------ folders
+# ---------------------------------------------------------------------------------------- folders
 def touch(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,8 @@ def test_classes_are_subfolders_in_the_order_of_their_names_and_hidden_files_are
                    "a/.x.png", "a/x.txt", ".hidden/x.png", "x.png")
     classes, labels = images.list_images(folder)
     assert classes == ["a", "a-b", "b"]
-    assert list(labels.items()) == [("a/x.gif", 0), ("a-b/x.webp", 1), ("b/2.JPEG", 2), ("b/sub/1.png", 2)]
+    assert list(labels) == ["a/x.gif", "a-b/x.webp", "b/2.JPEG", "b/sub/1.png"]
+    assert list(labels.values()) == [0, 1, 2, 2]
 
 
 def test_pairs_are_images_with_a_text_of_their_name_beside_them(tmp_path):
@@ -127,14 +128,16 @@ def test_batches_are_read_ahead_in_order_and_what_is_unreadable_is_named():
             raise images.Unreadable(f"no {i}")
         return i
 
-    for n in (0, 1, 4, 5, 8):
+    for n, sizes in ((0, []), (1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4])):
         batches = list(images.read_ahead(read, range(n), batch=4, workers=2))
-        assert [len(good) + len(bad) for good, bad in batches] == [4] * (n // 4) + [n % 4] * (n % 4 > 0)
-        assert sum((good for good, _ in batches), []) == [i for i in range(n) if i % 3 != 1]
-        assert sum((bad for _, bad in batches), []) == [(i, f"no {i}") for i in range(n) if i % 3 == 1]
+        assert [len(good) + len(bad) for good, bad in batches] == sizes
+        all_good = [i for good, _ in batches for i in good]
+        all_bad = [reason for _, bad in batches for reason in bad]
+        assert all_good == [i for i in range(n) if i % 3 != 1]
+        assert all_bad == [(i, f"no {i}") for i in range(n) if i % 3 == 1]
 
 
-# ------------------------------------------------------------------------------------ data/imagenet.py
+# ------------------------------------------------------------------------------- data/imagenet.py
 def make_photos(folder, per_class=5, side=28):
     """10 class folders of small random gray pictures, the first of class 0 unreadable."""
     draw = np.random.default_rng(0)
@@ -147,8 +150,8 @@ def make_photos(folder, per_class=5, side=28):
 
 
 def arguments(folder, out, *more):
-    fixed = ["--teacher", "maskbit-tiny", "--random_weights", "--workers", "2", "--batch", "8"]
-    return imagenet.flags().parse_args([folder, *fixed, "--device", "cpu", "--out", str(out), *more])
+    fixed = "--teacher maskbit-tiny --random_weights --workers 2 --batch 8 --device cpu".split()
+    return imagenet.flags().parse_args([folder, *fixed, "--out", str(out), *more])
 
 
 def encode(folder, out, *more):
@@ -203,6 +206,19 @@ def test_unreadable_images_are_named_and_leave_no_rows(tmp_path):
     assert np.array_equal(x[-2:], tokens.encode(tokenizer, views, batch=1))
 
 
+def test_each_image_has_crops_of_its_own(tmp_path, monkeypatch):
+    folder, seen = make_photos(tmp_path / "photos"), []
+
+    def remembers(tokenizer, pixels, batch):
+        seen.append(pixels)
+        return tokens.encode(tokenizer, pixels, batch)
+
+    monkeypatch.setattr(imagenet, "encode", remembers)
+    encode(folder, tmp_path / "a", "--crops", "1", "--seed", "3")
+    views = images.variants(f"{folder}/9/49.png", (1, 32, 32), crops=1, seed=(3, 49))
+    assert np.array_equal(np.concatenate(seen)[-2:], views)
+
+
 def test_tokens_say_which_weights_made_them(tmp_path):
     encode(make_photos(tmp_path / "photos", per_class=1), tmp_path / "a")
     _, _, meta = load(tmp_path / "a")
@@ -218,8 +234,8 @@ def test_going_on_with_other_arguments_is_refused_by_name(tmp_path):
     more = tmp_path / "photos" / "0" / "more.png"
     more.write_bytes(photo)
     encode(folder, tmp_path / "a")
-    for flags, named in ((["--flip"], "--flip"), (["--crops", "2"], "--crops"), (["--seed", "1"], "--seed")):
-        with pytest.raises(UserError, match=named):
+    for flags in (["--flip"], ["--crops", "2"], ["--seed", "1"]):
+        with pytest.raises(UserError, match=flags[0]):
             encode(folder, tmp_path / "a", *flags)
     more.unlink()
     (tmp_path / "photos" / "0" / "00.png").write_bytes(photo)
@@ -243,7 +259,7 @@ def test_folders_without_classes_or_images_are_refused(tmp_path):
     (tmp_path / "in" / "cats" / "a.png").touch()
     refused("1 class folders .* knows 10: .*; --allow_other_classes")
     refused("none of the 1 images", "--allow_other_classes")
-    refused("none of the 1 images", "--allow_other_classes")                  # nothing is left of the first try
+    refused("none of the 1 images", "--allow_other_classes")      # the first try left nothing
     assert os.listdir(tmp_path / "out") == []
 
 

@@ -33,7 +33,7 @@ def listed(folder, name, content, *flags):
     return out.read_bytes().decode().split("\n")[:-1]
 
 
-# ------------------------------------------------------------------------------------ one line each
+# ---------------------------------------------------------------------------------- one line each
 def test_a_prompt_becomes_one_line_whatever_characters_it_holds(tmp_path):
     family, hebrew = "a 👩‍👩‍👧 on a beach", "\u200fשלום\u200e, world"
     blanks = "\t two\u00a0 \t blanks \u3000 "
@@ -77,7 +77,7 @@ def test_several_sources_become_one_list(tmp_path):
     assert prompts.read_prompts(out) == ["1", "2", "from b"]
 
 
-# ------------------------------------------------------------------------------------ formats
+# ---------------------------------------------------------------------------------------- formats
 RECORDS = [
     dict(url="u", TEXT="a cat, \"red\"", AESTHETIC_SCORE=6.5),
     dict(url="v", TEXT="two\nlines", AESTHETIC_SCORE=6),
@@ -118,10 +118,11 @@ def test_every_format_of_the_same_records_gives_the_same_prompts(tmp_path, suffi
     named = ("--min_score", "5.9", "--score_column", "AESTHETIC_SCORE", "--limit", "3")
     assert read(*named) == ["a cat, \"red\"", "two lines", "dull"]
     assert read("--column", "url") == ["u", "v", "w", "x"]
+    nothing = "no prompt to keep.*4 read; 4 left out, with a score below 9, or none"
     for flags, words in (
         (["--column", "nope"], "a field nope, found (url, )?TEXT.*--column"),
         (["--min_score", "6", "--score_column", "nope"], "a field nope.*--score_column"),
-        (["--min_score", "9"], "no prompt to keep.*4 read; 4 left out, with a score below 9, or none"),
+        (["--min_score", "9"], nothing),
     ):
         with pytest.raises(UserError, match=words):
             read(*flags)
@@ -142,30 +143,37 @@ def test_the_usual_names_of_fields_have_an_order_and_lists_of_strings_have_none(
     assert listed(tmp_path, name, content, *flags) == expected
 
 
-# ------------------------------------------------------------------------------------ what is broken
+# --------------------------------------------------------------------------------- what is broken
 BROKEN = [  # file, content, words of the refusal, what --skip_broken keeps
     ("a.txt", b"one\ntw\xff\nthree", "a.txt, line 2: invalid UTF-8", ["one", "three"]),
     ("a.csv", b"id,text\n1,one\n2\n3,\"th\nree\"\n4,5,6\n", "a.csv, line 3: 1 fields instead of 2",
      ["one", "th ree"]),
-    ("b.csv", b"text,id\n\"on\ne\",1\n\"t\"wo,2\nthree,3", "b.csv, line 4: not a row", ["on e", "three"]),
-    ("c.csv", b"text\none\n\"two\nthree", "c.csv, line 3: not a row of fields .unexpected end", ["one"]),
-    ("d.csv", b"text\none\ntw\xe9\n", "d.csv, line 3: invalid UTF-8", ["one"]),
-    ("e.csv", b"text,aesthetic\none,7\ntwo,high\n", "e.csv, line 3: the score in the field aesthetic",
+    ("b.csv", b"text,id\n\"on\ne\",1\n\"t\"wo,2\nthree,3", "b.csv, line 4: not a row",
+     ["on e", "three"]),
+    ("c.csv", b"text\none\n\"two\nthree", "c.csv, line 3: not a row of fields .unexpected end",
      ["one"]),
+    ("d.csv", b"text\none\ntw\xe9\n", "d.csv, line 3: invalid UTF-8", ["one"]),
+    ("e.csv", b"text,aesthetic\none,7\ntwo,high\n",
+     "e.csv, line 3: the score in the field aesthetic", ["one"]),
     ("a.jsonl", b'"one"\n\n{"text"\n"two"', "a.jsonl, line 3: invalid JSON", ["one", "two"]),
-    ("b.jsonl", b'{"text": "one"}\n{"txt": "two"}', "b.jsonl, line 2: .* field text, got nothing", ["one"]),
-    ("c.jsonl", b'{"text": "one"}\n{"text": 2}', "c.jsonl, line 2: .* field text, got int", ["one"]),
+    ("b.jsonl", b'{"text": "one"}\n{"txt": "two"}', "b.jsonl, line 2: .* field text, got nothing",
+     ["one"]),
+    ("c.jsonl", b'{"text": "one"}\n{"text": 2}', "c.jsonl, line 2: .* field text, got int",
+     ["one"]),
     ("d.jsonl", b'null\n[]\n"one"',
      "d.jsonl, line 1: expected a string or a record, got nothing", ["one"]),
     ("e.jsonl", b'"one"\n"t\xffwo"', "e.jsonl, line 2: invalid UTF-8", ["one"]),
     ("f.jsonl", b'"\\ud83d"\n"one"', "f.jsonl, line 1: invalid UTF-8", ["one"]),
-    ("g.jsonl", b'"one"\n' + b"[" * 10**5 + b"\n" + b"9" * 5000, "g.jsonl, line 2: invalid JSON", ["one"]),
-    ("a.json", b'["one", null, {"caption": ["two"]}]', "a.json, item 2: expected a string", ["one"]),
+    ("g.jsonl", b'"one"\n' + b"[" * 10**5 + b"\n" + b"9" * 5000, "g.jsonl, line 2: invalid JSON",
+     ["one"]),
+    ("a.json", b'["one", null, {"caption": ["two"]}]', "a.json, item 2: expected a string",
+     ["one"]),
 ]
 
 
 @pytest.mark.parametrize("name, content, words, rest", BROKEN, ids=[case[0] for case in BROKEN])
-def test_what_is_broken_is_named_by_line_or_skipped_and_counted(tmp_path, capsys, name, content, words, rest):
+def test_what_is_broken_is_named_by_line_or_skipped_and_counted(
+        tmp_path, capsys, name, content, words, rest):
     flags = ["--min_score", "6"] if name == "e.csv" else []
     with pytest.raises(UserError, match=words + ".*--skip_broken"):
         listed(tmp_path, name, content, *flags)
@@ -209,12 +217,12 @@ def test_parquet_without_pyarrow_is_a_sentence(tmp_path, monkeypatch):
         listed(tmp_path, "a.parquet", b"PAR1")
 
 
-# ------------------------------------------------------------------------------------ pairs
+# ------------------------------------------------------------------------------------------ pairs
 GOOD = [0, 1, 6, 7, 8, 9, 10]                         # of make_pairs: those that become tokens
 
 
 def make_pairs(folder):
-    """11 images, each with its prompt beside it; the first two share one, and four cannot be used."""
+    """11 images, each with its prompt beside it; two share one, and four cannot be used."""
     draw = np.random.default_rng(0)
     folder.mkdir()
     for i in range(11):
@@ -231,8 +239,9 @@ def make_pairs(folder):
 
 
 def encode(folder, out, *more):
-    fixed = ["--teacher", "maskgen-tiny", "--random_weights", "--batch", "4", "--device", "cpu"]
-    prompts.main(prompts.flags().parse_args(["--images", str(folder), "--out", str(out), *fixed, *more]))
+    fixed = "--teacher maskgen-tiny --random_weights --batch 4 --device cpu".split()
+    places = ["--images", str(folder), "--out", str(out)]
+    prompts.main(prompts.flags().parse_args([*places, *fixed, *more]))
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +249,8 @@ def teacher():
     return load_teacher("maskgen-tiny", random_weights=True)
 
 
-def test_pairs_are_the_tokenizers_own_tokens_and_train_reads_them_back(tmp_path, monkeypatch, teacher):
+def test_pairs_are_the_tokenizers_own_tokens_and_train_reads_them_back(
+        tmp_path, monkeypatch, teacher):
     folder = make_pairs(tmp_path / "in")
     seen, real_encode = [], type(teacher.tokenizer).encode
 
@@ -250,14 +260,15 @@ def test_pairs_are_the_tokenizers_own_tokens_and_train_reads_them_back(tmp_path,
 
     monkeypatch.setattr(type(teacher.tokenizer), "encode", remembers)
     encode(folder, tmp_path / "out")
-    seen = torch.cat(seen[1:])                        # random weights hardly tell pictures apart: so look at these
+    seen = torch.cat(seen[1:])                        # random weights hardly tell pictures apart
     x, labels, lines = load_tokens(str(tmp_path / "out"), teacher)
     assert [lines[i] for i in labels] == [f"picture {max(i, 1)} 👩‍👩‍👧" for i in GOOD]
     assert labels[0] == labels[1] == 0
     assert len(x) == len(seen) == len(GOOD)
     assert x.dtype == np.uint8
     for row, img, i in zip(x, seen, GOOD):
-        view = torch.from_numpy(images.variants(str(folder / f"{i:02d}.png"), (3, 32, 32))).float() / 255
+        view = images.variants(str(folder / f"{i:02d}.png"), (3, 32, 32))
+        view = torch.from_numpy(view).float() / 255
         assert torch.equal(img, view[0])
         assert np.array_equal(row, real_encode(teacher.tokenizer, view)[0])
     assert labels.max() == len(lines) - 1             # so the GAN sees the prompts of its images
@@ -277,10 +288,12 @@ def test_what_became_of_each_pair_is_told(tmp_path, capsys, teacher):
     assert "7 images, 6 prompts; 3 images left out" in capsys.readouterr().out
     encode(folder, tmp_path / "out", "--limit", "2")  # anew, and nothing of before
     assert len(load_tokens(str(tmp_path / "out"), teacher).tokens) == 2
-    assert sorted(os.listdir(tmp_path / "out")) == ["labels.npy", "meta.json", "prompts.txt", "tokens.npy"]
+    left = sorted(os.listdir(tmp_path / "out"))
+    assert left == ["labels.npy", "meta.json", "prompts.txt", "tokens.npy"]
 
 
-def test_a_kill_while_images_are_encoded_leaves_the_old_folder_whole(tmp_path, monkeypatch, teacher):
+def test_a_kill_while_images_are_encoded_leaves_the_old_folder_whole(
+        tmp_path, monkeypatch, teacher):
     folder, out = make_pairs(tmp_path / "in"), tmp_path / "out"
     encode(folder, out, "--limit", "2")
     real_encode = type(teacher.tokenizer).encode
@@ -296,8 +309,12 @@ def test_a_kill_while_images_are_encoded_leaves_the_old_folder_whole(tmp_path, m
     assert len(load_tokens(str(out), teacher).tokens) == 2
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "skipped.txt", "tokens.npy", "labels.npy", "meta.json"])
-def test_a_kill_at_any_file_leaves_a_folder_that_train_refuses(tmp_path, monkeypatch, teacher, name):
+FILES = ["prompts.txt", "skipped.txt", "tokens.npy", "labels.npy", "meta.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_kill_at_any_file_leaves_a_folder_that_train_refuses(
+        tmp_path, monkeypatch, teacher, name):
     folder, out = make_pairs(tmp_path / "in"), tmp_path / "out"
     encode(folder, out, "--limit", "2")
     replace = os.replace
@@ -317,8 +334,8 @@ def test_a_kill_at_any_file_leaves_a_folder_that_train_refuses(tmp_path, monkeyp
     assert len(load_tokens(str(out), teacher).tokens) == 7
 
 
-# ------------------------------------------------------------------------------------ refusals
-REFUSALS = [  # flags, words; in a folder with a.txt, a list of prompts, and alone/, an image without a text
+# --------------------------------------------------------------------------------------- refusals
+REFUSALS = [  # flags, words; a.txt is a list of prompts, alone/ has an image without a text
     ("", "either SOURCE"),
     ("a.txt --images alone", "either SOURCE"),
     ("a.txt --out a.txt", "overwrite"),
@@ -372,9 +389,11 @@ def test_a_gpu_that_is_not_there_is_a_sentence(tmp_path):
 
 def test_the_script_answers_bad_input_with_one_sentence_and_status_2(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nbr\xffken\n")
-    command = [sys.executable, os.path.join(ROOT, "data", "prompts.py"), "--out", str(tmp_path / "out.txt")]
-    sources = str(tmp_path / "a.txt"), "/nowhere.txt"
-    running = [subprocess.Popen([*command, source], stdout=-1, stderr=-1, text=True) for source in sources]
+    command = [sys.executable, f"{ROOT}/data/prompts.py", "--out", str(tmp_path / "out.txt")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = []
+    for source in (str(tmp_path / "a.txt"), "/nowhere.txt"):
+        running.append(subprocess.Popen([*command, source], **pipes))
     for process in running:
         said, complaint = process.communicate()
         assert process.returncode == 2
