@@ -1,11 +1,13 @@
-"""Real tokens and the conditions of training: the folder that every script of data/ writes, and how train.py reads it.
+"""Real images as tokens, and prompts as features: the folder that scripts write and training reads.
 
-    tokens.npy    (N, L, G) the tokens, uint8 where V <= 256, else uint16; opened as a memory map, never read whole
+    tokens.npy    (N, L, G) the tokens, uint8 where V <= 256, else uint16; read as a memory map
     labels.npy    (N,)      class ids; for a text teacher lines of prompts.txt, counted from 0
-    meta.json     which teacher and tokenizer (sha256 of its weights), V, L, G, classes, n = N, and "complete"
-    prompts.txt   for a text teacher, a prompt a line
+    meta.json     teacher, sha256 of its tokenizer's weights, V, L, G, classes, n = N, "complete"
+    prompts.txt   for a text teacher, one prompt per line
+    skipped.txt   images that could not be read, and why
 
-The same arrays in one .npz will do (`prompts` an array of strings). A folder without meta.json is unfinished.
+The same arrays in one .npz will do (`prompts` an array of strings). A folder without meta.json is
+unfinished: it is removed first and written last.
 """
 
 import hashlib
@@ -14,77 +16,164 @@ import lzma
 import math
 import os
 import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from machinery.errors import UserError
 from machinery.files import fingerprint, local, replacing
+from machinery.flags import check_device, default_device, positive_int
 from machinery.processes import send
 from teachers import SPECS, build
 
 
+# ---------------------------------------------------------------------------------------- writing
+def tokenizer_flags(ap, teachers, default):
+    """The flags of every script that turns images into tokens."""
+    add = ap.add_argument
+    add("--teacher", default=default, choices=teachers,
+        help="whose tokenizer and image size (%(default)s)")
+    add("--tokenizer_weights", metavar="PATH", help="local file instead of the published tokenizer")
+    add("--random_weights", action="store_true",
+        help="untrained tokenizer: to try speed before a download")
+    add("--batch", type=positive_int, default=64,
+        help="images that the tokenizer takes at a time (%(default)s)")
+    add("--device", choices=["cuda", "cpu"], default=default_device(),
+        help="where the tokenizer runs (%(default)s)")
+
+
 def load_tokenizer(name, path=None, random_weights=False):
-    """The frozen tokenizer of the teacher called `name`, without the teacher, which data do not need."""
+    """The frozen tokenizer of the teacher called `name`, without the teacher."""
     return build(SPECS[name], "tokenizer", path, random_weights).eval().requires_grad_(False)
 
 
+def tokenizer_of(args):
+    """The tokenizer that tokenizer_flags name, on its device."""
+    check_device(args.device)
+    tokenizer = load_tokenizer(args.teacher, args.tokenizer_weights, args.random_weights)
+    return tokenizer.to(args.device)
+
+
+def encode(tokenizer, pixels, batch=64):
+    """uint8 images (n, C, H, W) -> tokens (n, L, G), numpy to numpy."""
+    device, parts = next(tokenizer.parameters()).device, torch.from_numpy(pixels).split(batch)
+    x = torch.cat([tokenizer.encode(part.to(device).float() / 255) for part in parts])
+    return x.cpu().numpy()
+
+
 def describe(tokenizer, name, source):
-    """The part of meta.json that follows from the tokenizer: tokens of other weights must not be taken for these."""
+    """What meta.json says of the tokenizer: tokens of other weights must not be taken for these."""
     spec, sha256 = SPECS[name], hashlib.sha256()
     for key, tensor in sorted(tokenizer.state_dict().items()):
         sha256.update(key.encode() + tensor.cpu().numpy().tobytes())
-    device = next(tokenizer.parameters()).device
-    L, G = tokenizer.encode(torch.zeros(1, *spec.image, device=device)).shape[1:]
-    return dict(teacher=name, V=tokenizer.V, L=L, G=G, classes=spec.classes, source=source, tokenizer=sha256.hexdigest())
+    _, L, G = encode(tokenizer, np.zeros((1, *spec.image), np.uint8)).shape
+    sizes = dict(V=tokenizer.V, L=L, G=G, classes=spec.classes)
+    return dict(teacher=name, **sizes, source=source, tokenizer=sha256.hexdigest())
 
 
 def token_dtype(V):
     return np.dtype(np.uint8 if V <= 256 else np.uint16)
 
 
-def write_folder(out, tokens, labels, meta):
-    """tokens.npy, labels.npy and meta.json; without its meta.json a folder counts as unfinished, so it comes last."""
+def begin_folder(out):
+    """Make a folder for tokens. What an older meta.json claims of it no longer holds."""
     os.makedirs(out, exist_ok=True)
-    if os.path.exists(os.path.join(out, "meta.json")):
-        os.remove(os.path.join(out, "meta.json"))
-    for name, array in (("tokens.npy", tokens), ("labels.npy", labels)):
-        with replacing(os.path.join(out, name)) as f:
-            np.save(f, array)
-    with replacing(os.path.join(out, "meta.json")) as f:
+    for name in ("meta.json", "skipped.txt"):
+        Path(f"{out}/{name}").unlink(missing_ok=True)
+
+
+def write_lines(path, lines):
+    """A text file, where there is a line to write; names of files can be any bytes."""
+    if lines:
+        with replacing(path) as f:
+            f.writelines(f"{line}\n".encode(errors="surrogateescape") for line in lines)
+
+
+def write_meta(out, meta):
+    with replacing(f"{out}/meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
 
 
+def write_folder(out, tokens, labels, meta, texts={}):
+    """All files of a folder; texts is {file name: lines}.
+
+    meta.json, the claim that the folder is whole, goes first and comes last.
+    """
+    begin_folder(out)
+    for name, lines in texts.items():
+        write_lines(f"{out}/{name}", lines)
+    for name, array in (("tokens", tokens), ("labels", labels)):
+        with replacing(f"{out}/{name}.npy") as f:
+            np.save(f, array)
+    write_meta(out, meta)
+
+
 def write_packed(f, **arrays):
-    """np.savez_compressed by LZMA, which is a sixth smaller here; np.load reads it as it reads any .npz."""
+    """np.savez_compressed by LZMA, a sixth smaller here; np.load reads it like any .npz."""
     with zipfile.ZipFile(f, "w", zipfile.ZIP_LZMA) as packed:
         for name, array in arrays.items():
             with packed.open(f"{name}.npy", "w", force_zip64=True) as part:
                 np.lib.format.write_array(part, np.asarray(array))
 
 
-class RealTokens:
-    """Real tokens x (n, L, G), memory-mapped, and their conditions, in an order that is a function of (seed, index)."""
+# ---------------------------------------------------------------------------------------- reading
+class Loaded(NamedTuple):
+    tokens: np.ndarray                                # (n, L, G)
+    labels: np.ndarray                                # (n,) classes, or lines of the prompts
+    prompts: list | None                              # None for class teachers
 
-    def __init__(self, path, teacher, seed):
-        self.x, self.labels, self.prompts = load_tokens(path, teacher) if path else synthetic_tokens(teacher)
-        self.conditions = teacher.conditions(self.prompts)
-        self.V, self.seed, self.epoch, self.order = teacher.net.V, seed, None, None
 
-    def batch(self, start, count):
-        """Tokens (count, L, G) on the device, and which of `conditions` they belong to, on the host."""
-        rows = []
-        for i in range(start, start + count):
-            epoch, k = divmod(i, len(self.labels))
-            if epoch != self.epoch:
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
-                self.epoch = epoch
-            rows.append(self.order[k])
-        x, labels = (a[rows].astype(np.int64) for a in (self.x, self.labels))
-        if x.max() >= self.V or x.min() < 0:
-            raise UserError(f"--data: a token {x.max()} among rows {rows}, where all are below {self.V}: the file is damaged, "
-                            "make it again")
-        return send(torch.from_numpy(x), self.conditions.device), torch.from_numpy(labels)
+def read_arrays(path, text):
+    """(Loaded, meta) as they stand in a folder, memory-mapped, or in an .npz."""
+    prompts = None
+    if os.path.isdir(path):
+        x = np.load(f"{path}/tokens.npy", mmap_mode="r")
+        labels = np.load(f"{path}/labels.npy", mmap_mode="r")
+        meta = Path(f"{path}/meta.json").read_text()
+        if text:
+            prompts = Path(f"{path}/prompts.txt").read_text("utf-8").splitlines()
+    else:
+        with np.load(path) as f:
+            x, labels, meta = f["tokens"], f["labels"], f.get("meta", "{}")
+            if text:
+                prompts = f["prompts"].tolist()
+    return Loaded(x, labels, prompts), json.loads(str(meta))
+
+
+def load_tokens(path, teacher):
+    """Loaded, for this teacher, from a folder that a script wrote, or from a packed .npz.
+
+    UserError where the tokens are unfinished, damaged, or not this teacher's.
+    """
+    net, text = teacher.net, teacher.text is not None
+    what, maker = "real tokens", "worlds/fashion.py or data/imagenet.py"
+    if text:
+        what, maker = "real tokens with their prompts", "data/prompts.py --images"
+    path = local(path)
+    try:
+        loaded, meta = read_arrays(path, text)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as err:
+        raise UserError(f"--data {path}: cannot read {what} ({err}); prepare them with {maker}")
+    x, labels, prompts = loaded
+    if not meta.get("complete", True):
+        raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes "
+                        "them again, it goes on")
+    fits = x.shape[1:] == (net.L, net.G) and len(x) == len(labels) > 0
+    if not fits or meta.get("V", net.V) != net.V:
+        origin = meta.get("teacher", "unknown origin")
+        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n "
+                        f"labels, got {x.shape} and {labels.shape} of {origin}; were they made "
+                        "with this teacher's tokenizer?")
+    if x.dtype.kind not in "ui" or labels.dtype.kind not in "ui":
+        raise UserError(f"--data {path}: expected integers, got tokens of {x.dtype} and labels of "
+                        f"{labels.dtype}")
+    known = len(prompts) if text else teacher.spec.classes
+    if labels.max() >= known:
+        raise UserError(f"--data {path}: label {labels.max()}, but {known} "
+                        f"{'prompts' if text else 'classes'}")
+    return loaded
 
 
 def synthetic_prompts():
@@ -92,85 +181,93 @@ def synthetic_prompts():
 
 
 def synthetic_tokens(teacher, n=1024):
-    """As load_tokens, drawn at random: for --profile."""
-    draw, prompts = np.random.default_rng(0), synthetic_prompts() if teacher.text else None
-    count = len(prompts) if prompts else teacher.spec.classes
-    return draw.integers(teacher.net.V, size=(n, teacher.net.L, teacher.net.G)), draw.integers(count, size=n), prompts
+    """Loaded, drawn at random: for --profile."""
+    prompts = synthetic_prompts() if teacher.text else None
+    known = len(prompts) if prompts else teacher.spec.classes
+    draw, net = np.random.default_rng(0), teacher.net
+    x = draw.integers(net.V, size=(n, net.L, net.G))
+    return Loaded(x, draw.integers(known, size=n), prompts)
 
 
-def load_tokens(path, teacher):
-    """(tokens (n, L, G), labels (n,), prompts) of a folder that data/*.py wrote, memory-mapped, or of a packed .npz.
+class RealTokens:
+    """Real tokens x (n, L, G) and their conditions, in an order that (seed, index) determine."""
 
-    For a text teacher a label is the line of prompts.txt beside the tokens; otherwise prompts is None.
-    """
-    net, text, prompts = teacher.net, teacher.text is not None, None
-    path, meta = local(path), {}
-    try:
-        if os.path.isdir(path):
-            x, labels = (np.load(os.path.join(path, f"{k}.npy"), mmap_mode="r") for k in ("tokens", "labels"))
-            with open(os.path.join(path, "meta.json")) as f:
-                meta = json.load(f)
-            if text:
-                with open(os.path.join(path, "prompts.txt"), encoding="utf-8") as f:
-                    prompts = f.read().splitlines()
-        else:
-            with np.load(path) as f:
-                x, labels = f["tokens"], f["labels"]
-                meta = json.loads(str(f["meta"])) if "meta" in f else {}
-                prompts = f["prompts"].tolist() if text else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as err:
-        raise UserError(f"--data {path}: cannot read real tokens{' with their prompts' * text} ({err}); prepare them "
-                        "with " + ("data/prompts.py --images" if text else "worlds/fashion.py or data/imagenet.py"))
-    if not meta.get("complete", True):
-        raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes them again, it goes on")
-    if x.shape[1:] != (net.L, net.G) or len(x) != len(labels) or len(x) == 0 or meta.get("V", net.V) != net.V:
-        raise UserError(f"--data {path}: expected tokens (n, {net.L}, {net.G}) below {net.V} and n labels, got {x.shape} "
-                        f"and {labels.shape}{meta.get('teacher', '') and ' of ' + meta['teacher']}; were they made with "
-                        "this teacher's tokenizer?")
-    if x.dtype.kind not in "ui" or labels.dtype.kind not in "ui":
-        raise UserError(f"--data {path}: expected integers, got tokens of {x.dtype} and labels of {labels.dtype}")
-    if int(labels.max()) >= (known := len(prompts) if text else teacher.spec.classes):
-        raise UserError(f"--data {path}: label {int(labels.max())}, but {known} {'prompts' if text else 'classes'}")
-    return x, labels, prompts
+    def __init__(self, path, teacher, seed):
+        loaded = load_tokens(path, teacher) if path else synthetic_tokens(teacher)
+        self.x, self.labels, self.prompts = loaded
+        self.conditions = teacher.conditions(self.prompts)
+        self.V, self.seed, self.epoch = teacher.net.V, seed, None
+
+    def place(self, i):
+        """Where the i-th image of training is; each epoch is shuffled anew."""
+        epoch, k = divmod(i, len(self.labels))
+        if epoch != self.epoch:
+            shuffle = np.random.default_rng([self.seed, epoch])
+            self.epoch, self.order = epoch, shuffle.permutation(len(self.labels))
+        return self.order[k]
+
+    def batch(self, start, count):
+        """Tokens (count, L, G) on the device; and which of `conditions` are theirs, on the host."""
+        places = [self.place(i) for i in range(start, start + count)]
+        x = self.x[places].astype(np.int64)
+        labels = self.labels[places].astype(np.int64)
+        if x.max() >= self.V or x.min() < 0:
+            raise UserError(f"--data: a token {x.max()} among rows {places}, where all are below "
+                            f"{self.V}: the file is damaged, make it again")
+        return send(torch.from_numpy(x), self.conditions.device), torch.from_numpy(labels)
 
 
+# ---------------------------------------------------------------------------------------- prompts
 class TextFeatures:
-    """The conditions that prompts stand for, each prompt encoded once: when first drawn, kept in memory or in a folder.
+    """The conditions that prompts stand for. Each prompt is encoded once, when it is first drawn.
 
-    16 prompts at a time, always, so that a prompt's features are the same bits whichever others are new with it, and a
-    resumed run stays exact. conditions (n, context) are token ids. In a folder (`--text_cache`) features outlive the run,
-    for the same prompts and tower: a sparse file for each part of the condition, the last says which rows are filled in.
+    Always 16 prompts at a time: a prompt's features are the same bits whichever others are new
+    with it, and a resumed run stays exact. conditions (n, context) are token ids. Features are kept
+    in memory, or in a folder (--text_cache), where they outlive the run, for the same prompts and
+    text encoder: a sparse file for each part of the condition, and one that says which rows are
+    filled in.
     """
 
     CHUNK = 16
 
     def __init__(self, teacher, conditions, cache="memory", limit=16e9):
-        self.teacher, self.conditions, self.parts, self.why = teacher, conditions, None, None
+        self.teacher, self.conditions = teacher, conditions
+        self.parts = self.why = None                  # why: they are not kept
         if cache == "off" or teacher.text is None:
             return
-        first, n = [part[:1].cpu() for part in teacher.cond(conditions[:1])], len(conditions)
-        shapes = [((n, *part.shape[1:]), part.dtype) for part in first] + [((n,), torch.bool)]
-        if cache == "memory":                         # untouched pages take none
-            if (size := n * sum(part.nbytes for part in first)) > limit:
-                self.why = (f"the features of {n:,} prompts would take {size / 1e9:.0f} GB of memory: each is encoded whenever "
-                            "it is drawn. --text_cache FOLDER keeps them on disk")
-                return
-            *self.parts, self.known = (torch.zeros(shape, dtype=dtype) for shape, dtype in shapes)
-        else:
-            folder = os.path.join(cache, f"{teacher.spec.name}-{fingerprint([conditions, *first])}")
-            os.makedirs(folder, exist_ok=True)
-            *self.parts, self.known = (
-                torch.from_file(os.path.join(folder, f"{i}.bin"), True, math.prod(shape), dtype=dtype).view(shape)
-                for i, (shape, dtype) in enumerate(shapes))
+        n, first = len(conditions), [part[:1].cpu() for part in teacher.cond(conditions[:1])]
+        size = n * sum(part.nbytes for part in first)
+        if cache == "memory" and size > limit:
+            self.why = (f"the features of {n:,} prompts would take {size / 1e9:.0f} GB of memory: "
+                        "each is encoded whenever it is drawn. --text_cache FOLDER keeps them on "
+                        "disk")
+            return
+        if cache != "memory":
+            cache += f"/{teacher.spec.name}-{fingerprint([conditions, *first])}"
+            os.makedirs(cache, exist_ok=True)
+
+        def rows(i, part):
+            """n rows of the i-th part, zero until they are filled in."""
+            shape, kind = (n, *part.shape[1:]), part.dtype
+            if cache == "memory":
+                return torch.zeros(shape, dtype=kind)             # untouched pages take none
+            file = torch.from_file(f"{cache}/{i}.bin", True, math.prod(shape), dtype=kind)
+            return file.view(shape)
+
+        first.append(torch.zeros(1, dtype=torch.bool))            # known: is this row filled in?
+        *self.parts, self.known = [rows(i, part) for i, part in enumerate(first)]
 
     def __call__(self, which):
         """cond of rows `which` (B,) of the conditions, a tensor on the host."""
         device = self.conditions.device
         if self.parts is None:
             return self.teacher.cond(self.conditions[send(which, device)])
-        for new in filter(len, which[~self.known[which]].unique().split(self.CHUNK)):
-            full = new[torch.arange(self.CHUNK) % len(new)]
-            for part, c in zip(self.parts, self.teacher.cond(self.conditions[send(full, device)])):
-                part[new] = c[: len(new)].cpu()
-            self.known[new] = True                    # after the features: a killed run leaves no holes
+        new = which[~self.known[which]].unique()
+        for start in range(0, len(new), self.CHUNK):
+            some = new[start : start + self.CHUNK]
+            full = some[torch.arange(self.CHUNK) % len(some)]
+            cond = self.teacher.cond(self.conditions[send(full, device)])
+            for kept, part in zip(self.parts, cond):
+                kept[some] = part[: len(some)].cpu()
+            self.known[some] = True                   # after the features: a kill leaves no holes
         return tuple(send(part[which], device) for part in self.parts)
