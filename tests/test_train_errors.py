@@ -143,7 +143,7 @@ SCRIPTS = {
         "--ckpt assets/shapes/theta0.safetensors --starts 2 --iterations 1 --device cpu "
         "--out {0}/out --prompt cat --teacher",
         tteo.flags(), tteo.main),
-    "check.py": ("--random_weights --device cpu --check", check.flags(), check.check),
+    "check.py": ("--random_weights --device cpu", check.flags(), check.check),
 }
 
 
