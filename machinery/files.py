@@ -1,6 +1,4 @@
-"""Files: found, told apart, written whole or not at all, and read without running what is in
-them.
-"""
+"""Files: found, told apart, written whole or not at all, and read without being run."""
 
 import contextlib
 import hashlib
@@ -16,17 +14,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))            # 
 
 
 def local(path):
-    """A path as given or, where it does not exist, relative to this repository: that is where
-    shipped files are.
-    """
+    """A path as given or, where it does not exist, in this repository: shipped files are there."""
     return path if os.path.exists(path) else os.path.join(ROOT, path)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, which takes the name `path` only when all of it is on the disk: no kill
-    leaves half a file.
-    """
+    """A file to write. It is called `path` only when all of it is on the disk: no half files."""
     with open(path + ".tmp", "wb") as f:
         yield f
         f.flush()
@@ -35,9 +29,7 @@ def replacing(path):
 
 
 def fingerprint(arrays):
-    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: files may have been
-    renamed.
-    """
+    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: names of files lie."""
     if isinstance(arrays, nn.Module):
         arrays = arrays.state_dict().values()
     digest = hashlib.sha256()
@@ -52,8 +44,8 @@ def fingerprint(arrays):
 # tensors and plain containers. Published files mention more than that (the VQGAN's, its trainer's
 # callbacks): what the reader does not know is replaced by a class that does nothing, unless its
 # module gives away a payload.
-DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil", "socket",
-             "runpy")
+DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil",
+             "socket", "runpy")
 
 
 class Inert:
@@ -67,9 +59,7 @@ class Inert:
 
 
 def read_tensors(path):
-    """The contents of a .safetensors or torch file, memory-mapped, on the CPU. Nothing in it is
-    executed.
-    """
+    """What is in a .safetensors or torch file, memory-mapped, on the CPU; none of it is run."""
     if not os.path.isfile(path):
         raise UserError(f"no weights at {path}: expected a .safetensors or torch file")
     try:
@@ -77,22 +67,21 @@ def read_tensors(path):
             from safetensors.torch import load_file
             return load_file(path)
         return read_pickle(path)
-    except Exception as err:          # truncated, not a checkpoint at all, or a pickle of more than tensors
+    except Exception as err:            # truncated, no checkpoint, or a pickle of more than tensors
         why = f"{type(err).__name__}: {first_line(err)}"
-        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: fetch or write it again")
+        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: "
+                        "fetch or write it again")
 
 
 def read_pickle(path):
-    """A torch file, by torch's weights-only reader, with Inert in the place of every class it does
-    not know.
-    """
-    if not zipfile.is_zipfile(path):                  # before torch 1.6: cannot be mapped nor looked into
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """A torch file by the weights-only reader; classes it does not know are replaced by Inert."""
+    mapped = zipfile.is_zipfile(path)         # before torch 1.6: cannot be mapped nor looked into
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
     stand_ins = []
-    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+    for name in unknown:
         module, *_, last = name.split(".")
         if module in DANGEROUS:
             raise ValueError(f"it asks to run {name}: not a file of weights")
         stand_ins.append((type(last, (Inert,), {}), name))
     with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -74,13 +74,12 @@ class PixelAttention(nn.Module):
         self.attn = Attention(width, heads=1)
 
     def forward(self, x):
-        return x + as_map(self.attn(as_rows(self.norm_in(x))), x.shape[2:])
+        attended = self.attn(as_rows(self.norm_in(x)))
+        return x + as_map(attended, x.shape[2:])
 
 
 class Level(Network):
-    """Residual blocks of one resolution, attention after the first few, perhaps a step to the
-    next.
-    """
+    """Residual blocks of one resolution, attention after the first few, perhaps a step."""
 
     def __init__(self, c_in, c_out, blocks, norm_groups, step=None, attention=0, bit=False):
         super().__init__()
@@ -100,7 +99,7 @@ class Level(Network):
             if attention is not None:
                 h = self.run(attention, h)
         if self.step == "down":
-            return self.down_conv(F.pad(h, (0, 1, 0, 1)))       # the odd pixel is padded right and below
+            return self.down_conv(F.pad(h, (0, 1, 0, 1)))         # one pixel more, right and below
         if self.step == "up":
             return self.upsample_conv(F.interpolate(h, scale_factor=2.0))
         return h
@@ -121,7 +120,8 @@ def levels(order, step, widths, attention, blocks, norm_groups, bit):
 
 def middle(width, attention, blocks, norm_groups, bit):
     """The level where both halves meet: two blocks, in MaskBit as many as in the other levels."""
-    return Level(width, width, blocks if bit else 2, norm_groups, None, int(bool(attention)), bit)
+    count = blocks if bit else 2
+    return Level(width, width, count, norm_groups, attention=1 if attention else 0, bit=bit)
 
 
 class Encoder(nn.Sequential):
@@ -139,13 +139,14 @@ class Encoder(nn.Sequential):
         self.mid = middle(widths[-1], *sizes)
         self.norm_out = group_norm(norm_groups, widths[-1])
         self.silu = nn.SiLU()
-        self.conv_out = nn.Conv2d(widths[-1], latent, 1) if bit else conv3(widths[-1], latent)
+        if bit:
+            self.conv_out = nn.Conv2d(widths[-1], latent, 1)
+        else:
+            self.conv_out = conv3(widths[-1], latent)
 
 
 class Decoder(nn.Sequential):
-    """Latents (B, latent, h, w) -> images (B, C, H, W): the encoder's levels, now from coarse to
-    fine.
-    """
+    """Latents (B, latent, h, w) -> images (B, C, H, W): the same levels, from coarse to fine."""
 
     def __init__(self, channels, widths, latent, blocks, norm_groups, attention=(), bit=False):
         super().__init__()
@@ -161,9 +162,7 @@ class Decoder(nn.Sequential):
 
 # --------------------------------------------------------------------------------------- tokenizers
 class TokenCoder(Network):
-    """What all tokenizers share: decoding in chunks, and quantization to the nearest row of a
-    codebook.
-    """
+    """What all tokenizers share: decoding in chunks, and the nearest row of a codebook."""
 
     G = 1
 
@@ -187,7 +186,8 @@ class TokenCoder(Network):
         draws.
         """
         E = self.codebook.weight
-        return torch.cat([E, E[-1:]])[None], E.new_zeros(())
+        E = torch.cat([E, E[-1:]])
+        return E[None], E.new_zeros(())
 
     def nearest(self, z):
         """z (..., d_dec) -> index of the nearest row of the codebook (Euclid), in float32 even
@@ -195,7 +195,8 @@ class TokenCoder(Network):
         """
         with torch.autocast(z.device.type, enabled=False):
             E = self.codebook.weight.float()
-            return (E.square().sum(1) - 2 * z.float() @ E.T).argmin(-1)
+            distance = E.square().sum(1) - 2 * z.float() @ E.T    # less |z|^2, the same for all
+            return distance.argmin(-1)
 
 
 class VQTokenizer(TokenCoder):
@@ -206,8 +207,8 @@ class VQTokenizer(TokenCoder):
     in [-1, 1]. grid: rows and columns, where the map is not square.
     """
 
-    def __init__(self, widths=(128, 128, 256, 256, 512), blocks=2, latent=256, embed=256, V=1024,
-                 norm_groups=32, attention=(4,), signed=True, grid=None):
+    def __init__(self, widths=(128, 128, 256, 256, 512), blocks=2, latent=256,
+                 embed=256, V=1024, norm_groups=32, attention=(4,), signed=True, grid=None):
         super().__init__()
         self.V, self.signed, self.grid = V, signed, grid
         self.encoder = Encoder(3, widths, latent, blocks, norm_groups, attention)
@@ -221,7 +222,7 @@ class VQTokenizer(TokenCoder):
         return self.quant_conv(self.encoder(2 * img - 1 if self.signed else img))
 
     def encode(self, img):
-        return self.nearest(as_rows(self.latents(img)))[..., None]                        # (B, L, 1)
+        return self.nearest(as_rows(self.latents(img)))[..., None]            # (B, L, 1)
 
     def pixels(self, e, cond=()):
         img = self.decoder(self.post_quant_conv(as_map(e, self.grid)))
@@ -240,7 +241,8 @@ class VQTokenizer(TokenCoder):
 
 def bits_of(t, n):
     """The n bits of integers t, least significant first, as -1 / +1 floats: (...) -> (..., n)."""
-    return (t[..., None] >> torch.arange(n, device=t.device) & 1).float() * 2 - 1
+    bits = t[..., None] >> torch.arange(n, device=t.device) & 1
+    return bits.float() * 2 - 1
 
 
 class BitTokenizer(TokenCoder):
@@ -258,7 +260,8 @@ class BitTokenizer(TokenCoder):
 
     G = 2
 
-    def __init__(self, channels=3, hidden=128, mult=(1, 1, 2, 2, 4), blocks=2, bits=14, norm_groups=32):
+    def __init__(self, channels=3, hidden=128, mult=(1, 1, 2, 2, 4),
+                 blocks=2, bits=14, norm_groups=32):
         super().__init__()
         self.bits = bits
         self.V = 2 ** (bits // self.G)
@@ -270,17 +273,19 @@ class BitTokenizer(TokenCoder):
         """Images (B, C, H, W) in [0, 1] -> tokens (B, L, G), row-major; group 0 holds the low
         bits.
         """
-        z = as_rows(self.encoder(img))                                                    # (B, L, bits)
-        bit = (z > 0).unflatten(-1, (self.G, -1)).long()                                  # zero gives -1
-        return (bit << torch.arange(bit.shape[-1], device=z.device)).sum(-1)              # (B, L, G)
+        z = as_rows(self.encoder(img))                                        # (B, L, bits)
+        bit = (z > 0).unflatten(-1, (self.G, -1)).long()                      # zero gives -1
+        place = torch.arange(bit.shape[-1], device=z.device)
+        return (bit << place).sum(-1)
 
     def tables(self):
         """E (G, V+1, bits), no bias: the bits of an entry in its group's channels, zeros
         elsewhere.
         """
         own = next(self.parameters())
-        entries = bits_of(torch.arange(self.V, device=own.device), self.bits // self.G).to(own)
-        E = torch.block_diag(entries, entries).unflatten(0, (self.G, self.V))             # (G, V, bits)
+        entries = torch.arange(self.V, device=own.device)
+        bits = bits_of(entries, self.bits // self.G).to(own)
+        E = torch.block_diag(bits, bits).unflatten(0, (self.G, self.V))       # (G, V, bits)
         return F.pad(E, (0, 0, 0, 1)), E.new_zeros(())
 
     def pixels(self, e, cond=()):
@@ -291,15 +296,24 @@ class BitTokenizer(TokenCoder):
 
 # ---------------------------------------------------------------------------------- published names
 VQ_NAMES = renames("""
-    .mid.block_1.       .mid.res_blocks.0.   .mid.block_2.          .mid.res_blocks.1.
-    .attn_1.            .attn.0.
-    .block.             .res_blocks.         .downsample.conv.      .down_conv.
-    .upsample.conv.     .upsample_conv.      .attn.*.norm.          .attn.*.norm_in.
-    .attn.*.q.          .attn.*.attn.qkv#0.  .attn.*.k.             .attn.*.attn.qkv#1.
-    .attn.*.v.          .attn.*.attn.qkv#2.  .attn.*.proj_out.      .attn.*.attn.out.
-    .down_blocks.       .down.               .up_blocks.            .up.
-    .mid_block.         .mid.                .resnets.              .res_blocks.
-    .downsamplers.0.conv.  .down_conv.       .upsamplers.0.conv.    .upsample_conv.
-    .conv_shortcut.     .nin_shortcut.       .conv_norm_out.        .norm_out.
-    quantize.embedding. codebook.
-""")                                                  # MaskGit's in the first half, diffusers' in the second
+    .mid.block_1.           .mid.res_blocks.0.
+    .mid.block_2.           .mid.res_blocks.1.
+    .attn_1.                .attn.0.
+    .block.                 .res_blocks.
+    .downsample.conv.       .down_conv.
+    .upsample.conv.         .upsample_conv.
+    .attn.*.norm.           .attn.*.norm_in.
+    .attn.*.q.              .attn.*.attn.qkv#0.
+    .attn.*.k.              .attn.*.attn.qkv#1.
+    .attn.*.v.              .attn.*.attn.qkv#2.
+    .attn.*.proj_out.       .attn.*.attn.out.
+    .down_blocks.           .down.
+    .up_blocks.             .up.
+    .mid_block.             .mid.
+    .resnets.               .res_blocks.
+    .downsamplers.0.conv.   .down_conv.
+    .upsamplers.0.conv.     .upsample_conv.
+    .conv_shortcut.         .nin_shortcut.
+    .conv_norm_out.         .norm_out.
+    quantize.embedding.     codebook.
+""")                                                          # MaskGit's first, then diffusers'

@@ -19,8 +19,9 @@ from networks.weights import renames
 
 # -------------------------------------------------------------------------------------- the network
 class Reads(nn.Module):
-    """x (B, S, width) attends to y (B, N, source), is added, then LayerNorm: BERT's attention, self
-    or cross.
+    """BERT's attention, self or cross, and the LayerNorm after it.
+
+    x (B, S, width) attends to y (B, N, source), and what it finds is added to it.
     """
 
     def __init__(self, width, heads, source):
@@ -33,10 +34,14 @@ class Reads(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x, y, mask=None):
-        projected = self.q(x), self.k(y), self.v(y)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)           # (B, heads, S, d)
-        return self.norm(x + self.out(h.transpose(1, 2).flatten(2)))
+        q, k, v = self.split(self.q(x)), self.split(self.k(y)), self.split(self.v(y))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = h.transpose(1, 2).flatten(2)                                      # (B, S, width)
+        return self.norm(x + self.out(h))
+
+    def split(self, h):
+        """(B, S, width) -> (B, heads, S, width / heads)."""
+        return h.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ReadingBlock(nn.Module):
@@ -46,7 +51,8 @@ class ReadingBlock(nn.Module):
         super().__init__()
         self.attn = Reads(width, heads, width)
         self.cross = Reads(width, heads, source)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, h, image, mask):
@@ -60,28 +66,33 @@ class ImageReward(nn.Module):
     The head has no activation between its layers: it was published that way.
     """
 
-    MEAN, STD = 0.16717362830052426, 1.0333394966054072           # of the scores on its training set
+    MEAN, STD = 0.16717362830052426, 1.0333394966054072       # of the scores on its training set
     CONTEXT = 35
 
-    def __init__(self, size=224, patch=16, vision=(1024, 24, 16), text=(768, 12, 12), mlp=3072,
-                 vocab=30524, positions=512, head=(1024, 128, 64, 16), wordpiece=None):
+    def __init__(self, size=224, patch=16, vision=(1024, 24, 16),
+                 text=(768, 12, 12), mlp=3072, vocab=30524, positions=512,
+                 head=(1024, 128, 64, 16), wordpiece=None):
         super().__init__()
         self.size, self.wordpiece = size, wordpiece
         D, depth, heads = vision
         self.patch = nn.Conv2d(3, D, patch, stride=patch)
+        places = (size // patch) ** 2
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
-        self.pos = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2 + 1, D))
-        self.blocks = nn.Sequential(*(PreNormBlock(D, heads, 4 * D) for _ in range(depth)))
+        self.pos = nn.Parameter(0.02 * torch.randn(1, places + 1, D))
+        self.blocks = nn.Sequential(
+            *(PreNormBlock(D, heads, 4 * D) for _ in range(depth)))
         self.norm = nn.LayerNorm(D)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-6                                 # the image tower's; the text tower has 1e-12
+                module.eps = 1e-6             # the image tower's; the text tower has 1e-12
         d, depth, heads = text
         self.words = nn.Embedding(vocab, d)
         self.places = nn.Embedding(positions, d)
         self.text_norm = nn.LayerNorm(d, eps=1e-12)
-        self.layers = nn.ModuleList(ReadingBlock(d, heads, mlp, D) for _ in range(depth))
-        self.head = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise((d, *head, 1))))
+        self.layers = nn.ModuleList(
+            ReadingBlock(d, heads, mlp, D) for _ in range(depth))
+        self.head = nn.Sequential(
+            *(nn.Linear(a, b) for a, b in pairwise((d, *head, 1))))
 
     def tokenize(self, prompts):
         length = min(self.CONTEXT, len(self.places.weight))
@@ -90,13 +101,15 @@ class ImageReward(nn.Module):
     def see(self, pixels):
         """Preprocessed pixels (B, 3, size, size) -> what the text tower looks at, (B, N+1, D)."""
         h = self.patch(pixels).flatten(2).transpose(1, 2)                     # (B, N, D)
-        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1)
-        return self.norm(self.blocks(h + self.pos))
+        first = self.cls_token.expand(len(h), -1, -1)
+        h = torch.cat([first, h], 1) + self.pos
+        return self.norm(self.blocks(h))
 
     def read(self, ids, image):
         """ids (B, S), 0 where padded, and what see() saw -> states (B, S, d)."""
-        mask = (ids != 0)[:, None, None]                          # padding is not attended to: (B, 1, 1, S)
-        h = self.text_norm(self.words(ids) + self.places.weight[: ids.shape[1]])
+        mask = (ids != 0)[:, None, None]      # padding is not attended to: (B, 1, 1, S)
+        places = self.places.weight[: ids.shape[1]]
+        h = self.text_norm(self.words(ids) + places)
         for layer in self.layers:
             h = layer(h, image, mask)
         return h
@@ -105,29 +118,44 @@ class ImageReward(nn.Module):
         """What see() saw and ids (B, S) -> scores (B,) as the head gives them."""
         first = self.read(ids, image)[:, 0]                                   # (B, d)
         with torch.autocast(image.device.type, enabled=False):
-            return self.head(first.to(self.head[0].weight.dtype))[:, 0]
+            first = first.to(self.head[0].weight.dtype)
+            return self.head(first)[:, 0]
 
     def forward(self, pixels, ids):
         """Preprocessed pixels (B, 3, size, size) and ids (B, S) -> rewards (B,), about N(0, 1)."""
         return (self.raw(self.see(pixels), ids) - self.MEAN) / self.STD
 
     published_names = renames("""
-        blip.visual_encoder.cls_token         cls_token    blip.visual_encoder.pos_embed          pos
-        blip.visual_encoder.patch_embed.proj. patch.       blip.visual_encoder.norm.              norm.
-        blip.visual_encoder.blocks.           blocks.      blocks.*.attn.proj.                    blocks.*.attn.out.
-        blocks.*.mlp.fc1.           blocks.*.mlp.0.        blocks.*.mlp.fc2.                      blocks.*.mlp.3.
-        blip.text_encoder.embeddings.word_embeddings.      words.
-        blip.text_encoder.embeddings.position_embeddings.  places.
-        blip.text_encoder.embeddings.LayerNorm.            text_norm.
-        blip.text_encoder.encoder.layer.                   layers.
-        layers.*.attention.         layers.*.attn.         layers.*.crossattention.               layers.*.cross.
-        layers.*.intermediate.dense. layers.*.mlp.0.       layers.*.output.dense.                 layers.*.mlp.2.
-        layers.*.output.LayerNorm.  layers.*.norm.         .output.LayerNorm. .norm.     .output.dense. .out.
-        .self.query. .q.            .self.key. .k.         .self.value. .v.
-        mlp.layers.0. head.0.       mlp.layers.2. head.1.  mlp.layers.4. head.2.
-        mlp.layers.6. head.3.       mlp.layers.7. head.4.
+        blip.visual_encoder.cls_token                       cls_token
+        blip.visual_encoder.pos_embed                       pos
+        blip.visual_encoder.patch_embed.proj.               patch.
+        blip.visual_encoder.norm.                           norm.
+        blip.visual_encoder.blocks.                         blocks.
+        blocks.*.attn.proj.                                 blocks.*.attn.out.
+        blocks.*.mlp.fc1.                                   blocks.*.mlp.0.
+        blocks.*.mlp.fc2.                                   blocks.*.mlp.3.
+        blip.text_encoder.embeddings.word_embeddings.       words.
+        blip.text_encoder.embeddings.position_embeddings.   places.
+        blip.text_encoder.embeddings.LayerNorm.             text_norm.
+        blip.text_encoder.encoder.layer.                    layers.
+        layers.*.attention.                                 layers.*.attn.
+        layers.*.crossattention.                            layers.*.cross.
+        layers.*.intermediate.dense.                        layers.*.mlp.0.
+        layers.*.output.dense.                              layers.*.mlp.2.
+        layers.*.output.LayerNorm.                          layers.*.norm.
+        .output.LayerNorm.                                  .norm.
+        .output.dense.                                      .out.
+        .self.query.                                        .q.
+        .self.key.                                          .k.
+        .self.value.                                        .v.
+        mlp.layers.0.                                       head.0.
+        mlp.layers.2.                                       head.1.
+        mlp.layers.4.                                       head.2.
+        mlp.layers.6.                                       head.3.
+        mlp.layers.7.                                       head.4.
     """)
-    published_extras = r"blip\.(vision_proj|text_proj)\.|blip\.text_encoder\.embeddings\.position_ids$"
+    published_extras = (r"blip\.(vision_proj|text_proj)\."
+                        r"|blip\.text_encoder\.embeddings\.position_ids$")
 
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
@@ -147,7 +175,8 @@ class WordPiece:
         pieces = ascii_pieces() if path is None else read_pieces(path)
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         if pieces[0] != "[PAD]" or {"[UNK]", "[CLS]", "[SEP]"} - self.ids.keys():
-            raise UserError(f"{path} is not BERT's vocabulary: expected [PAD] first, and [UNK], [CLS], [SEP]")
+            raise UserError(f"{path} is not BERT's vocabulary: expected [PAD] first, and [UNK], "
+                            "[CLS], [SEP]")
 
     def __call__(self, text, length=35):
         """A prompt -> ids, cut or padded with zeros to `length`."""
@@ -195,4 +224,5 @@ def read_pieces(path):
         with open(path, encoding="utf-8") as f:
             return f.read().rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"cannot read {path} as a vocabulary ({type(err).__name__}): one piece per line")
+        raise UserError(f"cannot read {path} as a vocabulary ({type(err).__name__}): "
+                        "one piece per line")

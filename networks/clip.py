@@ -28,11 +28,8 @@ def normalize(img):
 
 
 def resize(img, h, w):
-    """Bicubic and antialiased; in float32 at least, and not clamped, though it overshoots [0, 1] a
-    bit.
-    """
-    if img.dtype in (torch.float16, torch.bfloat16):
-        img = img.float()
+    """Bicubic and antialiased, in float32 at least; not clamped, though it overshoots a bit."""
+    img = img.to(torch.promote_types(img.dtype, torch.float32))
     img = img.expand(-1, 3, -1, -1)                                           # gray: (B, 1, H, W)
     if img.shape[2:] == (h, w):
         return img
@@ -40,37 +37,37 @@ def resize(img, h, w):
 
 
 def shorter_side(H, W, size):
-    """(h, w) with the shorter side `size` and the longer truncated; (top, left) of the central
-    square.
-    """
-    h, w = (int(size * side / min(H, W)) for side in (H, W))
-    return h, w, round((h - size) / 2), round((w - size) / 2)                 # halves to even
+    """The picture's (h, w) with the shorter side `size`; (top, left) of its central square."""
+    short = min(H, W)
+    h, w = int(size * H / short), int(size * W / short)           # the longer side is truncated
+    top, left = round((h - size) / 2), round((w - size) / 2)      # halves to even
+    return h, w, top, left
 
 
 def preprocess(img, size=224):
     """Images (B, 3 or 1, H, W) in [0, 1] -> (B, 3, size, size): the same for all rewards."""
     h, w, top, left = shorter_side(*img.shape[2:], size)
-    return normalize(resize(img, h, w)[:, :, top : top + size, left : left + size])
+    img = resize(img, h, w)
+    return normalize(img[:, :, top : top + size, left : left + size])
 
 
 def preprocess_longest(img, size=224):
-    """As HPSv2's own benchmark has it: the longer side becomes `size`, the rest is padded with
-    black.
-    """
+    """As HPSv2's own benchmark has it: the longer side is `size`, the rest is padded with black."""
     H, W = img.shape[2:]
-    h, w = (round(side * size / max(H, W)) for side in (H, W))
+    long = max(H, W)
+    h, w = round(H * size / long), round(W * size / long)
     top, left = (size - h) // 2, (size - w) // 2
-    return normalize(F.pad(resize(img, h, w), (left, size - w - left, top, size - h - top)))
+    margins = left, size - w - left, top, size - h - top
+    return normalize(F.pad(resize(img, h, w), margins))
 
 
 def preprocess_pil(img, size=224):
-    """As open_clip evaluates: a PIL picture -> (3, size, size). PIL's resize rounds to bytes and
-    clamps.
-    """
+    """As open_clip evaluates: a PIL picture -> (3, size, size), rounded to bytes and clamped."""
     h, w, top, left = shorter_side(img.height, img.width, size)
     img = img.resize((w, h), Image.Resampling.BICUBIC)
     img = img.crop((left, top, left + size, top + size)).convert("RGB")
-    return normalize(torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 255)
+    pixels = torch.from_numpy(np.array(img)).permute(2, 0, 1)
+    return normalize(pixels.float() / 255)
 
 
 # --------------------------------------------------------------------------------------- the towers
@@ -86,7 +83,7 @@ CLIP_G = dict(
 CLIP_L = dict(
     embed_dim=768, quick_gelu=True,
     vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-    text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
+    text_cfg=dict(TEXT_H, width=768, heads=12, layers=12))
 
 
 class ClipReward(nn.Module):
@@ -101,7 +98,8 @@ class ClipReward(nn.Module):
         try:
             from open_clip.model import CLIP
         except ImportError:
-            raise UserError(f"the reward {kind} is a CLIP by open_clip: pip install open_clip_torch")
+            raise UserError(f"the reward {kind} is a CLIP by open_clip: "
+                            "pip install open_clip_torch")
         self.clip = CLIP(**config)
         self.size = config["vision_cfg"]["image_size"]
         self.scaled = kind != "hps"
@@ -114,8 +112,9 @@ class ClipReward(nn.Module):
         return self.normalized(self.clip.encode_image(pixels))                # (B, embed)
 
     def text_features(self, ids):
-        causal = torch.full((ids.shape[1],) * 2, -math.inf, device=ids.device).triu(1)
-        self.clip.attn_mask = causal    # in no file: a model that was built on "meta" comes without it
+        S = ids.shape[1]
+        causal = torch.full((S, S), -math.inf, device=ids.device).triu(1)
+        self.clip.attn_mask = causal              # in no file: a model built on "meta" has none
         return self.normalized(self.clip.encode_text(ids))                    # (B, embed)
 
     def normalized(self, features):
@@ -140,13 +139,14 @@ class ClipReward(nn.Module):
         vision_model.embeddings.class_embedding            visual.class_embedding
         vision_model.embeddings.patch_embedding.           visual.conv1.
         vision_model.embeddings.position_embedding.weight  visual.positional_embedding
-        vision_model.pre_layrnorm.   visual.ln_pre.        vision_model.post_layernorm.  visual.ln_post.
+        vision_model.pre_layrnorm.                         visual.ln_pre.
+        vision_model.post_layernorm.                       visual.ln_post.
         vision_model.encoder.layers.                       visual.transformer.resblocks.
         visual_projection.weight                           visual.proj^T
         .layer_norm1.       .ln_1.                         .layer_norm2.         .ln_2.
         .mlp.fc1.           .mlp.c_fc.                     .mlp.fc2.             .mlp.c_proj.
         .self_attn.q_proj.  .attn.in_proj_#0               .self_attn.k_proj.    .attn.in_proj_#1
         .self_attn.v_proj.  .attn.in_proj_#2               .self_attn.out_proj.  .attn.out_proj.
-    """) + [(r"^(?!clip\.)", "clip.")]                  # transformers' names to open_clip's, and those to ours
+    """) + [(r"^(?!clip\.)", "clip.")]          # transformers' names to open_clip's, those to ours
     published_extras = (r"(text_model|vision_model)\.embeddings\.position_ids$"
                         r"|(attn_mask|input_resolution|context_length|vocab_size)$")

@@ -9,7 +9,6 @@ changes.
 
 import warnings
 import zipfile
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -33,7 +32,7 @@ INCEPTION = {
 
 # ------------------------------------------------------------------------- from pixels to 299 x 299
 SIZE = 299
-RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")   # clean-fid's names; ADM's ImageNet: the first
+RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")   # clean-fid's names; ADM's is the first
 
 
 def clean_resize(img):
@@ -42,7 +41,7 @@ def clean_resize(img):
     """
     resized = []
     for channel in np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0):
-        picture = Image.fromarray(channel)                    # of Pillow's mode F, which keeps fractions
+        picture = Image.fromarray(channel)            # of Pillow's mode F, which keeps fractions
         resized.append(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
     return np.stack(resized, 2).clip(0, 255)
 
@@ -60,10 +59,8 @@ def coco_crop(img, size=256):
 
 
 def each(function, img):
-    """function((H, W, 3)) of every image of (B, 3, H, W), in parallel: Pillow works outside the
-    GIL.
-    """
-    with ThreadPoolExecutor() as pool:
+    """function((H, W, 3)) of every image of (B, 3, H, W), in parallel."""
+    with ThreadPoolExecutor() as pool:                # Pillow works outside the GIL
         out = list(pool.map(function, img.permute(0, 2, 3, 1).cpu().numpy()))
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).to(img.device)
 
@@ -92,61 +89,37 @@ def resize(img, mode="legacy_tensorflow"):
 
 
 # -------------------------------------------------------------------------------------- the network
-def with_pool(Block, pool):
-    """One of torchvision's classes of blocks, but its last branch pools by `pool`."""
+def with_pool(Block):
+    """One of torchvision's classes of blocks, but its last branch pools by `pool`, set later."""
     class Pooled(Block):
         def forward(self, h):
             branches = self._forward(h)
-            branches[-1] = self.branch_pool(pool(h))
+            branches[-1] = self.branch_pool(self.pool(h))
             return torch.cat(branches, 1)
 
     return Pooled
 
 
-def inception_layers():
-    """Images (B, 3, 299, 299) in [-1, 1] -> pooled features (B, 2048, 1, 1), under the published
-    names.
+def fid_inception():
+    """torchvision's Inception v3 with the pooling and the 1008 classes of FID's network.
 
-    FID's network is torchvision's, except that averages do not count the padding, and that the last
-    block pools by maximum.
+    There, averages do not count the padding, and the last block pools by maximum.
     """
     try:
         from torchvision.models import inception as v3
     except ImportError:
-        raise UserError("FID by Inception takes its blocks from torchvision: pip install torchvision")
-
-    Conv = v3.BasicConv2d
-    average = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
-    InceptionA = with_pool(v3.InceptionA, average)
-    InceptionC = with_pool(v3.InceptionC, average)
-    InceptionE = with_pool(v3.InceptionE, average)
-    LastInceptionE = with_pool(v3.InceptionE, nn.MaxPool2d(3, 1, padding=1))
-    layers = nn.Sequential(OrderedDict(
-        Conv2d_1a_3x3=Conv(3, 32, kernel_size=3, stride=2),
-        Conv2d_2a_3x3=Conv(32, 32, kernel_size=3),
-        Conv2d_2b_3x3=Conv(32, 64, kernel_size=3, padding=1),
-        pool1=nn.MaxPool2d(3, 2),
-        Conv2d_3b_1x1=Conv(64, 80, kernel_size=1),
-        Conv2d_4a_3x3=Conv(80, 192, kernel_size=3),
-        pool2=nn.MaxPool2d(3, 2),                               # (B, 192, 35, 35)
-        Mixed_5b=InceptionA(192, 32),
-        Mixed_5c=InceptionA(256, 64),
-        Mixed_5d=InceptionA(288, 64),
-        Mixed_6a=v3.InceptionB(288),                            # (B, 768, 17, 17)
-        Mixed_6b=InceptionC(768, 128),
-        Mixed_6c=InceptionC(768, 160),
-        Mixed_6d=InceptionC(768, 160),
-        Mixed_6e=InceptionC(768, 192),
-        Mixed_7a=v3.InceptionD(768),                            # (B, 1280, 8, 8)
-        Mixed_7b=InceptionE(1280),
-        Mixed_7c=LastInceptionE(2048),
-        pool3=nn.AdaptiveAvgPool2d(1),
-    ))
-    for module in layers.modules():
+        raise UserError("FID by Inception is made from torchvision's: pip install torchvision")
+    net = v3.Inception3(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=[
+        v3.BasicConv2d, with_pool(v3.InceptionA), v3.InceptionB, with_pool(v3.InceptionC),
+        v3.InceptionD, with_pool(v3.InceptionE), v3.InceptionAux])
+    for module in net.modules():
+        if hasattr(module, "branch_pool"):
+            module.pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats = False
-            module.num_batches_tracked = None                   # some files lack it
-    return layers
+            module.num_batches_tracked = None                     # some files lack it
+    net.Mixed_7c.pool = nn.MaxPool2d(3, 1, padding=1)
+    return net
 
 
 class Inception(nn.Module):
@@ -165,8 +138,13 @@ class Inception(nn.Module):
     def __init__(self, resize=RESIZES[0], crop=False):
         super().__init__()
         self.resize, self.crop = resize, crop
-        self.layers = inception_layers()
-        self.fc = nn.Linear(self.dim, self.classes)
+        net = fid_inception()
+        names = {"maxpool1": "pool1", "maxpool2": "pool2", "avgpool": "pool3"}  # as published
+        self.layers = nn.Sequential()                 # (B, 3, 299, 299) -> (B, 2048, 1, 1)
+        for name, layer in net.named_children():
+            if name not in ("dropout", "fc"):
+                self.layers.add_module(names.get(name, name), layer)
+        self.fc = net.fc
 
     def scaled(self, img):
         """(B, C, H, W) in [0, 1] -> (B, 3, 299, 299) in [-1, 1]: times 255 gives back whole bytes,
@@ -174,7 +152,8 @@ class Inception(nn.Module):
         """
         img = (img * 255).expand(-1, 3, -1, -1)
         if self.crop:
-            img = each(lambda pixels: coco_crop(Image.fromarray(pixels)), img.to(torch.uint8)).to(img)
+            pixels = each(lambda p: coco_crop(Image.fromarray(p)), img.to(torch.uint8))
+            img = pixels.to(img)
         img = resize(img, self.resize)
         if self.resize == "legacy_pytorch":
             return 2 * (img / 255) - 1
@@ -185,15 +164,13 @@ class Inception(nn.Module):
             x = torch.cat([self.scaled(one[None]) for one in img])
         else:
             x = self.scaled(img)
-        features = self.layers(x).flatten(1)                                          # (B, 2048), not negative
+        features = self.layers(x).flatten(1)                      # (B, 2048), not negative
         return features, F.linear(features, self.fc.weight)
 
 
 # -------------------------------------------------------------------------------------- its weights
 def load_inception(path="plain", resize=RESIZES[0], crop=False, device="cpu", random_weights=False):
-    """Inception from a file of plain weights, from the TorchScript file, or from one of INCEPTION,
-    fetched.
-    """
+    """Inception from a file of plain weights or of TorchScript, or one of INCEPTION, fetched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = Inception(resize, crop)
@@ -205,7 +182,8 @@ def load_inception(path="plain", resize=RESIZES[0], crop=False, device="cpu", ra
 def load_file(net, path):
     if path in INCEPTION:
         path = download(*INCEPTION[path], "--inception")
-    if not zipfile.is_zipfile(path) or not any("/code/" in f for f in zipfile.ZipFile(path).namelist()):
+    files = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if not any("/code/" in name for name in files):
         load_state(net, read_weights(path), f"--inception {path}")
         return
     # torch.jit.load reads TorchScript's own tensors and code, no Python. Its `layers` take the
@@ -217,5 +195,6 @@ def load_file(net, path):
         net.layers = script.layers
         net.fc.load_state_dict(script.output.state_dict())
     except (RuntimeError, AttributeError) as err:
-        raise UserError(f"--inception {path}: a TorchScript file, but not inception-2015-12-05.pt, with "
-                        f"`layers` and an `output` of 1008 classes ({first_line(err)})")
+        raise UserError(
+            f"--inception {path}: a TorchScript file, but not inception-2015-12-05.pt, with "
+            f"`layers` and an `output` of 1008 classes ({first_line(err)})")

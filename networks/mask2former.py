@@ -26,11 +26,12 @@ computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sin
 refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush
 """.replace("\n", "").split(","))                               # COCO's 80, in its order
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
-MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]    # of pixels in [0, 255]
+MEAN = [123.675, 116.28, 103.53]              # of pixels in [0, 255]
+STD = [58.395, 57.12, 57.375]
 
 
 class Box(tuple):
-    """(x1, y1, x2, y2) in pixels; `mask`, a bool tensor (H, W), or None, is what of it is the
+    """(x1, y1, x2, y2) in pixels; mask: None, or which pixels (H, W) of the image are the
     object.
     """
 
@@ -47,15 +48,18 @@ def instances(z_class, z_mask, padded, resized, size, best=100):
     p = z_class.softmax(-1)[:, :-1]                       # (Q, 80): the last class is "nothing"
     p, pair = p.flatten().topk(min(best, p.numel()))
     query, label = pair // len(CLASSES), pair % len(CLASSES)
-    z = F.interpolate(z_mask[None], padded, mode="bilinear")[..., : resized[0], : resized[1]]
-    z = F.interpolate(z, size, mode="bilinear")[0]                # (Q, H, W)
+    z = F.interpolate(z_mask[None], padded, mode="bilinear")
+    z = z[..., : resized[0], : resized[1]]
+    z = F.interpolate(z, size, mode="bilinear")[0]        # (Q, H, W)
     mask = z > 0
-    sure = (z.sigmoid() * mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6)
+    area = mask.sum((1, 2)) + 1e-6
+    sure = (z.sigmoid() * mask).sum((1, 2)) / area
     score = p * sure[query]
     pixels = mask.byte().cpu().numpy()
     found = {}
     for s, q, c in zip(score.tolist(), query.tolist(), label.tolist()):
-        box = Box(Image.fromarray(pixels[q]).getbbox() or (0, 0, 0, 0))    # None: the mask is empty
+        corners = Image.fromarray(pixels[q]).getbbox()    # None: the mask is empty
+        box = Box(corners or (0, 0, 0, 0))
         box.mask = mask[q]
         found.setdefault(CLASSES[c], []).append((box, s))
     return found
@@ -63,7 +67,8 @@ def instances(z_class, z_mask, padded, resized, size, best=100):
 
 def mask2former(net, device="cpu"):
     """A detector from transformers' Mask2Former: PIL picture -> {class: [(Box, score), ...]}."""
-    mean, std = torch.tensor([MEAN, STD], device=device).view(2, 3, 1, 1)
+    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(STD, device=device).view(3, 1, 1)
 
     @torch.no_grad()
     def detector(image):
@@ -72,8 +77,9 @@ def mask2former(net, device="cpu"):
         h, w = int(H * scale + 0.5), int(W * scale + 0.5)
         img = torch.from_numpy(np.array(image)).to(device)
         img = img.permute(2, 0, 1)[None].float()                  # (1, 3, H, W), 0 to 255
-        img = F.interpolate(img, (h, w), mode="bilinear").round()             # OpenCV's: no antialias
-        img = F.pad((img - mean) / std, (0, -w % 32, 0, -h % 32))
+        img = F.interpolate(img, (h, w), mode="bilinear").round()     # OpenCV's: no antialias
+        img = (img - mean) / std
+        img = F.pad(img, (0, -w % 32, 0, -h % 32))
         out = net(pixel_values=img)
         z_class, z_mask = out.class_queries_logits[0], out.masks_queries_logits[0]
         return instances(z_class, z_mask, img.shape[2:], (h, w), (H, W))
@@ -82,9 +88,7 @@ def mask2former(net, device="cpu"):
 
 
 def load_mask2former(path=None, random_weights=False, device="cpu"):
-    """transformers' Mask2Former with COCO's 80 classes, from a folder or the hub; or a tiny random
-    one.
-    """
+    """The Mask2Former of COCO's 80 classes, from a folder or the hub; or a tiny random one."""
     try:
         from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
     except ImportError:
@@ -92,7 +96,8 @@ def load_mask2former(path=None, random_weights=False, device="cpu"):
                         "pip install transformers")
     if random_weights and not path:
         stages = ["stage1", "stage2", "stage3", "stage4"]
-        swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_features=stages)
+        swin = SwinConfig(
+            embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_features=stages)
         config = Mask2FormerConfig(
             backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
             num_attention_heads=2, dim_feedforward=32, encoder_feedforward_dim=32,

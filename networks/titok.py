@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn as nn
 
-from networks.autoencoders import TokenCoder
+from networks.autoencoders import TokenCoder, as_rows
 from networks.blocks import Network, PreNormBlock
 from networks.weights import renames
 
@@ -42,7 +42,8 @@ class ViTHalf(Network):
         return torch.cat([first, h], 1) + self.positional_embedding
 
     def through(self, *parts):
-        h, _ = self.walk(self.transformer, self.ln_pre(torch.cat(parts, 1)))
+        h = self.ln_pre(torch.cat(parts, 1))
+        h, _ = self.walk(self.transformer, h)
         return h
 
 
@@ -53,7 +54,7 @@ class TiTokEncoder(ViTHalf):
         self.conv_out = nn.Linear(width, embed)
 
     def forward(self, img, latent_tokens):
-        h = self.with_class(self.patch_embed(img).flatten(2).transpose(1, 2))
+        h = self.with_class(as_rows(self.patch_embed(img)))
         queries = latent_tokens + self.latent_token_positional_embedding
         h = self.through(h, queries.expand(len(img), -1, -1))         # (B, 1 + places + L, width)
         return self.conv_out(self.ln_post(h[:, -len(queries) :]))     # (B, L, embed)
@@ -78,16 +79,16 @@ class TiTokDecoder(ViTHalf):
         h = self.through(blank, tokens, text)[:, 1 : 1 + self.places]
         h = self.to_patch(self.ln_post(h))                            # (B, places, patch patch 3)
         side = math.isqrt(self.places)
-        h = h.unflatten(2, (self.patch, self.patch, 3)).unflatten(1, (side, side))
-        img = h.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)    # (B, 3, H, W)
-        return self.conv_out(img)
+        h = h.unflatten(2, (self.patch, self.patch, 3))
+        h = h.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
+        return self.conv_out(h.flatten(4).flatten(2, 3))              # (B, 3, H, W)
 
 
 class TATiTok(TokenCoder):
     """The whole tokenizer. enc and dec are (width, depth, heads); text: positions of the prompt."""
 
-    def __init__(self, V=8192, L=128, size=256, patch=16, embed=64, enc=(768, 12, 12),
-                 dec=(1024, 24, 16), text=77, text_width=768):
+    def __init__(self, V=8192, L=128, size=256, patch=16, embed=64,
+                 enc=(768, 12, 12), dec=(1024, 24, 16), text=77, text_width=768):
         super().__init__()
         self.V = V
         places = (size // patch) ** 2

@@ -17,14 +17,14 @@ from machinery.files import local, read_tensors
 
 # ----------------------------------------------------------------------------- finding and fetching
 HUB_FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}
-HUB_STEMS = ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model", "open_clip_pytorch_model")
-HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS for kind in ("safetensors", "fp16.safetensors", "bin")]
+HUB_STEMS = ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
+             "open_clip_pytorch_model")
+HUB_KINDS = ("safetensors", "fp16.safetensors", "bin")
+HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS for kind in HUB_KINDS]
 
 
 def read_weights(path, role="net"):
-    """The state dict in a .safetensors or torch file, or in a folder as hubs lay models out: see
-    read_tensors.
-    """
+    """The state dict in a .safetensors or torch file, or in a folder as hubs lay models out."""
     if not os.path.isdir(path):
         return read_tensors(path)
     for folder in (path, os.path.join(path, HUB_FOLDERS[role])):
@@ -37,43 +37,40 @@ def read_weights(path, role="net"):
 
 
 def fetch(repo, name, flag):
-    """The local path of a published file: from this repository's assets (repo None), else from the
-    hub.
-    """
+    """The local path of a published file: of this repository (repo None), else from the hub."""
     if repo is None:
         if not os.path.exists(local(name)):
-            raise UserError(f"{name} does not ship with this version: make it (README), name a file of your "
-                            f"own by {flag} PATH, or add --random_weights to try the code")
+            raise UserError(
+                f"{name} does not ship with this version: make it (README), name a file of your "
+                f"own by {flag} PATH, or add --random_weights to try the code")
         return local(name)
     try:
         from huggingface_hub import hf_hub_download
         return hf_hub_download(repo, name)
     except Exception as err:
-        raise UserError(f"cannot download {name} from the Hugging Face hub, repository {repo} "
-                        f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by "
-                        f"{flag} PATH; or try sizes and speed with --random_weights")
+        raise UserError(
+            f"cannot download {name} from the Hugging Face hub, repository {repo} "
+            f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by "
+            f"{flag} PATH; or try sizes and speed with --random_weights")
 
 
 def download(url, digest, flag):
-    """The local path of a file from the web, kept in torch's cache. digest: how its SHA-256
-    begins.
-    """
+    """The local path of a file from the web, kept in torch's cache; its SHA-256 begins so."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     if os.path.isfile(path):
         return path
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(url, path, digest)
-    except (OSError, RuntimeError) as err:            # no network, no room; another file than expected
-        raise UserError(f"cannot download {url} ({first_line(err)}): fetch it elsewhere and name the file "
-                        f"by {flag} PATH")
+    except (OSError, RuntimeError) as err:      # no network, no room; another file than expected
+        raise UserError(f"cannot download {url} ({first_line(err)}): fetch it elsewhere and name "
+                        f"the file by {flag} PATH")
     return path
 
 
 # ------------------------------------------------------------------------------------ making it fit
 def renames(text):
-    """Pairs "theirs ours" as rules (pattern, replacement) that lead from published names to those
-    here.
+    """Pairs "theirs ours" as rules (pattern, replacement) from published names to those here.
 
     * is a number; .x holds anywhere, x at the start. ours#i is part i of a packed tensor; ours^T is
     stored transposed (see `published_state`).
@@ -88,8 +85,7 @@ def renames(text):
 
 
 def published_state(state, module):
-    """A published state dict -> (one with this module's names, a list of what is wrong in the file
-    itself).
+    """A published state dict -> (the same with this module's names, what is wrong in the file).
 
     Prefixes of wrappers and known extras are dropped. In `published_names`, name#i is row block i
     of a packed q, k, v, and name^T is stored transposed. 1x1 convolutions become the matrices they
