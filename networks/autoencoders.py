@@ -202,13 +202,22 @@ class TokenCoder(Network):
 class VQTokenizer(TokenCoder):
     """The tokenizer of MaskGit (attention at the coarsest level) and Meissonic (none).
 
-    widths: channels of each level, finest first. A code is a row of a codebook (V, embed); 1x1
-    convolutions lead from the encoder's `latent` channels to it and back. signed: images inside are
-    in [-1, 1]. grid: rows and columns, where the map is not square.
+    A code is a row of a codebook (V, embed); 1x1 convolutions lead from the encoder's `latent`
+    channels to it and back.
     """
 
-    def __init__(self, widths=(128, 128, 256, 256, 512), blocks=2, latent=256,
-                 embed=256, V=1024, norm_groups=32, attention=(4,), signed=True, grid=None):
+    def __init__(
+        self,
+        widths=(128, 128, 256, 256, 512),       # channels of each level, the finest first
+        blocks=2,                               # per level; the decoder has one more
+        latent=256,
+        embed=256,
+        V=1024,
+        norm_groups=32,
+        attention=(4,),                         # levels
+        signed=True,                            # images inside are in [-1, 1]
+        grid=None,                              # rows and columns, where the map is not square
+    ):
         super().__init__()
         self.V, self.signed, self.grid = V, signed, grid
         self.encoder = Encoder(3, widths, latent, blocks, norm_groups, attention)

@@ -34,7 +34,9 @@ class Reads(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x, y, mask=None):
-        q, k, v = self.split(self.q(x)), self.split(self.k(y)), self.split(self.v(y))
+        q = self.split(self.q(x))
+        k = self.split(self.k(y))
+        v = self.split(self.v(y))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         h = h.transpose(1, 2).flatten(2)                                      # (B, S, width)
         return self.norm(x + self.out(h))
@@ -61,17 +63,23 @@ class ReadingBlock(nn.Module):
 
 
 class ImageReward(nn.Module):
-    """The network. vision and text are (width, depth, heads).
-
-    The head has no activation between its layers: it was published that way.
-    """
+    """The network. The head has no activation between its layers: it was published that way."""
 
     MEAN, STD = 0.16717362830052426, 1.0333394966054072       # of the scores on its training set
     CONTEXT = 35
 
-    def __init__(self, size=224, patch=16, vision=(1024, 24, 16),
-                 text=(768, 12, 12), mlp=3072, vocab=30524, positions=512,
-                 head=(1024, 128, 64, 16), wordpiece=None):
+    def __init__(
+        self,
+        size=224,                       # pixels
+        patch=16,                       # pixels
+        vision=(1024, 24, 16),          # width, depth, heads
+        text=(768, 12, 12),
+        mlp=3072,                       # hidden width of the text tower's MLPs
+        vocab=30524,
+        positions=512,
+        head=(1024, 128, 64, 16),       # widths
+        wordpiece=None,                 # a WordPiece, which `tokenize` needs
+    ):
         super().__init__()
         self.size, self.wordpiece = size, wordpiece
         D, depth, heads = vision
@@ -180,7 +188,9 @@ class WordPiece:
 
     def __call__(self, text, length=35):
         """A prompt -> ids, cut or padded with zeros to `length`."""
-        body = [piece for word in self.split(text) for piece in self.pieces(word)]
+        body = []
+        for word in self.split(text):
+            body += self.pieces(word)
         row = ["[CLS]", *body[: length - 2], "[SEP]"]
         row += ["[PAD]"] * (length - len(row))
         return [self.ids[piece] for piece in row]
@@ -201,16 +211,19 @@ class WordPiece:
         return out.split()
 
     def pieces(self, word):
+        """The pieces of a word; [UNK] alone where a part is unknown or the word is overlong."""
         if len(word) > 100:
             return ["[UNK]"]
-        found, inside = [], ""
+        found = []
+        inside = ""                                               # "##" after the first piece
         while word:
             ends = range(len(word), 0, -1)
             end = next((end for end in ends if inside + word[:end] in self.ids), None)
             if end is None:
                 return ["[UNK]"]
             found.append(inside + word[:end])
-            word, inside = word[end:], "##"
+            word = word[end:]
+            inside = "##"
         return found
 
 

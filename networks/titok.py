@@ -85,10 +85,20 @@ class TiTokDecoder(ViTHalf):
 
 
 class TATiTok(TokenCoder):
-    """The whole tokenizer. enc and dec are (width, depth, heads); text: positions of the prompt."""
+    """The whole tokenizer."""
 
-    def __init__(self, V=8192, L=128, size=256, patch=16, embed=64,
-                 enc=(768, 12, 12), dec=(1024, 24, 16), text=77, text_width=768):
+    def __init__(
+        self,
+        V=8192,
+        L=128,
+        size=256,                       # pixels
+        patch=16,                       # pixels
+        embed=64,                       # width of a code
+        enc=(768, 12, 12),              # width, depth, heads
+        dec=(1024, 24, 16),
+        text=77,                        # positions of the prompt
+        text_width=768,
+    ):
         super().__init__()
         self.V = V
         places = (size // patch) ** 2
