@@ -1,5 +1,4 @@
-"""Convolutional tokenizers: an image becomes a small map of discrete codes, and codes become an
-image.
+"""Convolutional tokenizers: an image becomes a small map of codes, and codes become an image.
 
 The tokenizers of MaskBit, MaskGit and Meissonic are one architecture: levels of residual blocks,
 each level but the coarsest followed by a step to the next. They differ in what a code is: the
@@ -40,11 +39,10 @@ def as_map(e, grid=None):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3, twice. Where the width changes, x goes around by a 1x1 convolution,
-    nin_shortcut.
+    """GroupNorm, SiLU, 3x3, twice, added to x; where the width changes, through nin_shortcut, 1x1.
 
-    MaskBit's acts on h instead, which leaves no skip, and its convolutions have no bias: it was
-    trained that way.
+    MaskBit's nin_shortcut acts on h instead, which leaves no skip, and its convolutions have no
+    bias: it was trained that way.
     """
 
     def __init__(self, c_in, c_out, norm_groups, bit=False):
@@ -132,11 +130,10 @@ class Encoder(nn.Sequential):
 
     def __init__(self, channels, widths, latent, blocks, norm_groups, attention=(), bit=False):
         super().__init__()
-        sizes = attention, blocks, norm_groups, bit
         order = range(len(widths))
         self.conv_in = conv3(channels, widths[0], bias=not bit)
-        self.down = levels(order, "down", widths, *sizes)
-        self.mid = middle(widths[-1], *sizes)
+        self.down = levels(order, "down", widths, attention, blocks, norm_groups, bit)
+        self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
         self.norm_out = group_norm(norm_groups, widths[-1])
         self.silu = nn.SiLU()
         if bit:
@@ -150,11 +147,10 @@ class Decoder(nn.Sequential):
 
     def __init__(self, channels, widths, latent, blocks, norm_groups, attention=(), bit=False):
         super().__init__()
-        sizes = attention, blocks, norm_groups, bit
         order = range(len(widths))[::-1]
         self.conv_in = conv3(latent, widths[-1])
-        self.mid = middle(widths[-1], *sizes)
-        self.up = levels(order, "up", widths, *sizes)
+        self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
+        self.up = levels(order, "up", widths, attention, blocks, norm_groups, bit)
         self.norm_out = group_norm(norm_groups, widths[0])
         self.silu = nn.SiLU()
         self.conv_out = conv3(widths[0], channels)
@@ -167,14 +163,12 @@ class TokenCoder(Network):
     G = 1
 
     def decode(self, e, cond=(), clamp=True, chunk=None):
-        """Decoder embeddings e (B, L, d_dec) -> images (B, C, H, W) in [0, 1], `chunk` images at a
-        time.
+        """Decoder embeddings e (B, L, d_dec) -> images (B, C, H, W) in [0, 1].
 
-        cond is the teacher's condition; MaskGen's decoder reads the prompt in it, the others do not
-        look.
+        cond is the teacher's condition, where MaskGen's decoder finds the prompt. chunk: images at
+        a time.
         """
-        # 1,024 tokens, 16 images of the tiny world, fit a CPU's cache; 16,384 are 4 images of 1024
-        # px
+        # 1,024 tokens, 16 images of the tiny world, fit a CPU's cache; 16,384 are 4 of 1024 px.
         most = 1024 if e.device.type == "cpu" else 2**14
         chunk = chunk or max(1, most // e.shape[1])
         parts = zip(e.split(chunk), *(c.split(chunk) for c in cond))
@@ -182,17 +176,13 @@ class TokenCoder(Network):
         return img.clamp(0, 1) if clamp else img
 
     def tables(self):
-        """E (1, V+1, d_dec), no bias: the codebook, and its last row again for a mask that MaskGit
-        draws.
-        """
+        """E (1, V+1, d_dec), no bias: the codebook, and its last row again in the mask's place."""
         E = self.codebook.weight
         E = torch.cat([E, E[-1:]])
         return E[None], E.new_zeros(())
 
     def nearest(self, z):
-        """z (..., d_dec) -> index of the nearest row of the codebook (Euclid), in float32 even
-        under autocast.
-        """
+        """z (..., d_dec) -> index of the nearest row (Euclid), in float32 even under autocast."""
         with torch.autocast(z.device.type, enabled=False):
             E = self.codebook.weight.float()
             distance = E.square().sum(1) - 2 * z.float() @ E.T    # less |z|^2, the same for all
@@ -255,8 +245,7 @@ def bits_of(t, n):
 
 
 class BitTokenizer(TokenCoder):
-    """MaskBit's tokenizer (Weber et al. 2024): a token is its bits, the signs of the latent's
-    channels.
+    """MaskBit's tokenizer (Weber et al. 2024): a token is its bits, the signs of the latent.
 
     There is no codebook, and no table to learn in the generator, which reads the very same +-1
     numbers through one linear layer; a masked group of bits is all zeros. Bits are split into G = 2
@@ -279,18 +268,14 @@ class BitTokenizer(TokenCoder):
         self.decoder = Decoder(channels, widths, bits, blocks, norm_groups, bit=True)
 
     def encode(self, img):
-        """Images (B, C, H, W) in [0, 1] -> tokens (B, L, G), row-major; group 0 holds the low
-        bits.
-        """
+        """Images (B, C, H, W) in [0, 1] -> tokens (B, L, G); group 0 holds the low bits."""
         z = as_rows(self.encoder(img))                                        # (B, L, bits)
         bit = (z > 0).unflatten(-1, (self.G, -1)).long()                      # zero gives -1
         place = torch.arange(bit.shape[-1], device=z.device)
         return (bit << place).sum(-1)
 
     def tables(self):
-        """E (G, V+1, bits), no bias: the bits of an entry in its group's channels, zeros
-        elsewhere.
-        """
+        """E (G, V+1, bits), no bias: an entry's bits in its group's channels, zeros elsewhere."""
         own = next(self.parameters())
         entries = torch.arange(self.V, device=own.device)
         bits = bits_of(entries, self.bits // self.G).to(own)

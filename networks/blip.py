@@ -1,8 +1,7 @@
 """ImageReward: BLIP as a judge of how well people would like an image for its prompt.
 
 A vision transformer sees the image, a BERT reads the prompt while looking at it, and a head scores
-BERT's first position. BERT's tokenizer is here too (`WordPiece`): a vocabulary file is all it
-needs.
+BERT's first position. BERT's tokenizer is here too (`WordPiece`); it needs a vocabulary file.
 """
 
 import unicodedata
@@ -172,8 +171,7 @@ IDEOGRAPHS = (range(0x3400, 0x4DC0), range(0x4E00, 0xA000), range(0xF900, 0xFB00
 
 
 class WordPiece:
-    """BERT's tokenizer: lower case, no accents; in each word, from the left, the longest known
-    pieces.
+    """BERT's tokenizer: lower case, no accents, and the longest known pieces of each word.
 
     path: a file with a piece per line, an id is the line's number. Without it, single ASCII
     characters, to try code.
@@ -196,9 +194,7 @@ class WordPiece:
         return [self.ids[piece] for piece in row]
 
     def split(self, text):
-        """Words; each mark of punctuation and each ideograph is one. Accents and control characters
-        go.
-        """
+        """Words. Punctuation marks and ideographs are words; accents and control characters go."""
         out = ""
         for c in unicodedata.normalize("NFD", text.lower()):
             kind = unicodedata.category(c)

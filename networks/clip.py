@@ -1,9 +1,8 @@
 """CLIP as a judge: the cosine of two towers' features says how well a picture fits its prompt.
 
 Three of the four rewards are open_clip's own CLIP under different weights (CLIP, HPSv2, PickScore),
-and so are the two that only measure. Before the network comes preprocessing, which is part of each
-score and which gradients must pass: hence it is written here as one differentiable tensor
-operation.
+and so are the two that only measure. Preprocessing is part of each score, and gradients must pass
+through it: it is written here in differentiable tensor operations.
 """
 
 import math
@@ -87,8 +86,7 @@ CLIP_L = dict(
 
 
 class ClipReward(nn.Module):
-    """The cosine of two towers' features: open_clip's own CLIP, of any size, under three sets of
-    weights.
+    """The cosine of two towers' features: open_clip's own CLIP, of any size and weights.
 
     kind: "clip" and "pickscore" multiply by the learned scale s, "hps" does not.
     """
@@ -118,15 +116,11 @@ class ClipReward(nn.Module):
         return self.normalized(self.clip.encode_text(ids))                    # (B, embed)
 
     def normalized(self, features):
-        """Length 1, computed in the precision of the scale: float32 also where the matrices are
-        bf16.
-        """
+        """Length 1, in the precision of the scale: float32 also where the matrices are bf16."""
         return F.normalize(features.to(self.clip.logit_scale.dtype), dim=-1)
 
     def forward(self, pixels, ids):
-        """Preprocessed pixels (B, 3, size, size), ids (B, context) -> scores (B,) of the pairs (i,
-        i).
-        """
+        """Pixels (B, 3, size, size) and ids (B, context) -> scores (B,) of the pairs (i, i)."""
         cosine = (self.image_features(pixels) * self.text_features(ids)).sum(-1)
         return cosine * self.clip.logit_scale.exp() if self.scaled else cosine
 

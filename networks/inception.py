@@ -3,8 +3,7 @@
 FID is a distance of this network's features, so everything before them is part of the number: which
 of three resizes brought an image to 299 px, how pixels became [-1, 1], whether COCO's crop came
 first. The resize is inside the network here, and both published files of its weights load: features
-agree with either's own to rounding. The layers are torchvision's Inception v3 but for what `Pooled`
-changes.
+agree with either's own to rounding. The layers are torchvision's, the pooling is not (`with_pool`).
 """
 
 import warnings
@@ -20,8 +19,7 @@ from PIL import Image
 from machinery.errors import UserError, first_line
 from networks.weights import download, load_state, read_weights
 
-# Published files, and how their SHA-256 begins: plain weights, and NVIDIA's TorchScript of the
-# same.
+# Published files, and how their SHA-256 begins: plain weights; NVIDIA's TorchScript of the same.
 INCEPTION = {
     "plain": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
               "pt_inception-2015-12-05-6726825d.pth", "6726825d"),
@@ -36,9 +34,7 @@ RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")   # clean-fid's names
 
 
 def clean_resize(img):
-    """clean-fid's mode "clean": a picture, or (H, W, 3) in [0, 255] -> float32 (299, 299, 3), not
-    rounded.
-    """
+    """clean-fid's "clean": a picture, or (H, W, 3) in [0, 255] -> float32 (299, 299, 3)."""
     resized = []
     for channel in np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0):
         picture = Image.fromarray(channel)            # of Pillow's mode F, which keeps fractions
@@ -75,11 +71,11 @@ def tensorflow_resize(img):
 
 
 def resize(img, mode="legacy_tensorflow"):
-    """Images (B, 3, H, W) in [0, 255] -> (B, 3, 299, 299), float32, by one of RESIZES. No two
-    agree.
+    """Images (B, 3, H, W) in [0, 255] -> (B, 3, 299, 299), float32, by one of RESIZES, all
+    different.
 
-    legacy_tensorflow and legacy_pytorch (which has half pixels) do not antialias; clean, a bicubic,
-    does.
+    legacy_tensorflow and legacy_pytorch (which has half pixels) do not antialias; clean does, and
+    it is bicubic.
     """
     if mode == "clean":
         return each(clean_resize, img)
@@ -123,12 +119,11 @@ def fid_inception():
 
 
 class Inception(nn.Module):
-    """The network behind published FIDs: images of any size -> features (B, 2048), logits (B,
-    1008).
+    """Images of any size -> features (B, 2048) and logits (B, 1008), in eval mode only.
 
     Input (B, 3 or 1, H, W) in [0, 1], or a list of (C, H, W) of unequal sizes. The logits leave the
     classifier's bias out, as Inception Scores do. resize is one of RESIZES; crop: `coco_crop` comes
-    first. Only for eval mode.
+    first.
     """
 
     dim, classes = 2048, 1008
@@ -147,9 +142,7 @@ class Inception(nn.Module):
         self.fc = net.fc
 
     def scaled(self, img):
-        """(B, C, H, W) in [0, 1] -> (B, 3, 299, 299) in [-1, 1]: times 255 gives back whole bytes,
-        exactly.
-        """
+        """(B, C, H, W) in [0, 1] -> (B, 3, 299, 299) in [-1, 1]. Times 255: bytes, exactly."""
         img = (img * 255).expand(-1, 3, -1, -1)
         if self.crop:
             pixels = each(lambda p: coco_crop(Image.fromarray(p)), img.to(torch.uint8))

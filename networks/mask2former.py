@@ -1,5 +1,4 @@
-"""Mask2Former, GenEval's detector: transformers has the network, and what comes before and after is
-here.
+"""Mask2Former, GenEval's detector: the network is transformers', what surrounds it is here.
 
 GenEval's numbers are those of mmdetection 2.x, so this is its test pipeline: the resize without
 antialias, the padding to multiples of 32, and instances as pairs of a query and a class.
@@ -31,9 +30,7 @@ STD = [58.395, 57.12, 57.375]
 
 
 class Box(tuple):
-    """(x1, y1, x2, y2) in pixels; mask: None, or which pixels (H, W) of the image are the
-    object.
-    """
+    """(x1, y1, x2, y2) in pixels; mask: None, or which pixels (H, W) are the object."""
 
     mask = None
 

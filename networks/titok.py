@@ -20,9 +20,7 @@ def table(*shape):
 
 
 class ViTHalf(Network):
-    """What the two transformers share: a sequence with a class token first, between two
-    LayerNorms.
-    """
+    """What the two transformers share: a sequence, a class token first, between LayerNorms."""
 
     def __init__(self, width, depth, heads, places, L):
         super().__init__()
@@ -35,9 +33,7 @@ class ViTHalf(Network):
             PreNormBlock(width, heads, 4 * width) for _ in range(depth))
 
     def with_class(self, h):
-        """Patches (B, places, width) -> with the class token and positions, (B, 1 + places,
-        width).
-        """
+        """Patches (B, places, width) -> (B, 1 + places, width), a class token first; positions."""
         first = self.class_embedding.expand(len(h), 1, -1)
         return torch.cat([first, h], 1) + self.positional_embedding
 

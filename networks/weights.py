@@ -72,8 +72,8 @@ def download(url, digest, flag):
 def renames(text):
     """Pairs "theirs ours" as rules (pattern, replacement) from published names to those here.
 
-    * is a number; .x holds anywhere, x at the start. ours#i is part i of a packed tensor; ours^T is
-    stored transposed (see `published_state`).
+    * is a number, at most one per name; .x holds anywhere, x at the start. ours#i is part i of a
+    packed tensor; ours^T is stored transposed (see `published_state`).
     """
     words = text.split()
     rules = []
@@ -122,11 +122,9 @@ def published_state(state, module):
 
 
 def load_state(module, state, source):
-    """Copy a state dict into a module, strictly; a UserError names what is missing, unexpected,
-    misshapen.
+    """Copy a state dict into a module, strictly: a UserError names every kind of misfit.
 
-    Float16 and bfloat16 tensors become the module's own dtype. `source` is how messages call the
-    file.
+    Float16 and bfloat16 tensors become the module's own dtype. source: how messages call the file.
     """
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and not isinstance(state.get(wrapper, 0), (int, torch.Tensor)):
