@@ -1,4 +1,4 @@
-"""What is ours in the networks that judge: the pooling of FID's Inception, boxes around masks.
+"""What is ours in the networks that judge: Inception's pooling, boxes around masks, CLIP's crop.
 
 Their golden numbers are with what uses them: Inception's in test_evaluate.py, CLIP's and ImageReward's
 in test_reward.py, Mask2Former's in test_benchmarks.py.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from machinery.errors import UserError
-from networks import inception, mask2former
+from networks import clip, inception, mask2former
 from tests.common import normal
 
 
@@ -64,3 +64,10 @@ def test_a_box_ends_after_its_last_pixel_and_an_empty_mask_has_none():
     assert torch.equal(box.mask, z_mask[0] > 0)
     assert score > 0.99
     assert found[mask2former.CLASSES[5]] == [((0, 0, 0, 0), 0.0)]
+
+
+# --------------------------------------------------------------------------------------------- CLIP
+@pytest.mark.parametrize("longer", [57, 59, 61, 63, 80])
+def test_clips_crop_is_the_same_for_tall_images_as_for_wide_ones(longer):
+    wide = normal(2, 1, 3, 56, longer)
+    assert torch.allclose(clip.preprocess(wide.mT, 56), clip.preprocess(wide, 56).mT, atol=1e-5)
