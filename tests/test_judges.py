@@ -1,7 +1,7 @@
 """What is ours in the networks that judge: Inception's pooling, boxes around masks, CLIP's crop.
 
-Their golden numbers are with what uses them: Inception's in test_evaluate.py, CLIP's and ImageReward's
-in test_reward.py, Mask2Former's in test_benchmarks.py.
+Their golden numbers are with what uses them: Inception's in test_evaluate.py, CLIP's and
+ImageReward's in test_reward.py, Mask2Former's in test_benchmarks.py.
 
     pytest tests/test_judges.py
 """
@@ -17,7 +17,7 @@ from networks import clip, inception, mask2former
 from tests.common import normal
 
 
-# --------------------------------------------------------------------------------------- Inception
+# ---------------------------------------------------------------------------------------- Inception
 @pytest.fixture(scope="module")
 def layers():
     return inception.load_inception(random_weights=True).layers
@@ -26,7 +26,7 @@ def layers():
 @pytest.mark.parametrize("name, c_in", [("Mixed_5b", 192), ("Mixed_6e", 768), ("Mixed_7b", 1280)])
 def test_averages_in_inception_do_not_count_the_padding(layers, name, c_in):
     block, ones = layers.get_submodule(name), torch.ones(1, c_in, 4, 4)
-    assert torch.equal(block.pool(ones), ones)                  # torchvision's has 4/9 in the corners
+    assert torch.equal(block.pool(ones), ones)                # torchvision's has 4/9 in the corners
     pooled = block.branch_pool(ones)
     assert torch.equal(block(ones)[:, -pooled.shape[1]:], pooled)
 

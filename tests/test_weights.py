@@ -1,7 +1,7 @@
 """Published weights: they load completely, into the right places, or are refused with a sentence.
 
-The files themselves are not needed: tests/common.py knows the names and shapes in each, and gives them
-seeded numbers. That the lists of names are the published ones, their digests say.
+The files themselves are not needed: tests/common.py knows the names and shapes in each, and gives
+them seeded numbers. That the lists of names are the published ones, their digests say.
 
     pytest tests/test_weights.py
 """
@@ -22,10 +22,11 @@ from machinery.errors import UserError
 from networks import autoencoders, blocks, weights
 from networks import text as text_net
 from teachers import SPECS, load_teacher
-from tests.common import (SIZES, SMALL, TINY, clip_file, close, empty, filled, fingerprint, generator_file,
-                          maskgen_file, maskgit_file, meissonic_file, mini_net, normal, open_clip_file,
-                          refusal, seeded, shapes_in, tiny_teacher, titok_file, tokenizer_file, vqgan_file,
-                          vqvae_file)
+from tests.common import (
+    SIZES, SMALL, TINY, clip_file, close, empty, filled, fingerprint, generator_file,
+    maskgen_file, maskgit_file, meissonic_file, mini_net, normal, open_clip_file, refusal,
+    seeded, shapes_in, tiny_teacher, titok_file, tokenizer_file, vqgan_file, vqvae_file,
+)
 
 
 def published(name, extras={}):
@@ -54,7 +55,7 @@ def assert_same_weights(module, other):
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------- the published files are complete
+# ----------------------------------------------------------------- the published files are complete
 def open_clip_h_file():
     return open_clip_file(1024, 24, 1024)
 
@@ -96,7 +97,7 @@ def test_published_sizes_have_exactly_the_published_tensors(teacher, role, file,
     }[role]
     shapes = shapes_in(file, sizes)
     assert len(shapes) == count
-    assert fingerprint(shapes) == digest                                    # the file's true list of keys
+    assert fingerprint(shapes) == digest                              # the file's true list of keys
     with torch.device("meta"):
         module = make(**sizes)
         tensors = {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -111,7 +112,7 @@ def heads(module, *kinds):
 
 
 def test_head_counts_are_right_though_no_file_says_them():
-    with torch.device("meta"):                              # other counts would load as well, and give nonsense
+    with torch.device("meta"):                  # other counts would load as well, and give nonsense
         net = {name: spec.Net(**spec.net) for name, spec in SPECS.items()}
         tokenizer = {name: spec.Tokenizer(**spec.tokenizer) for name, spec in SPECS.items()}
     assert heads(net["maskbit"], blocks.Attention) == {16}
@@ -129,8 +130,9 @@ def test_head_counts_are_right_though_no_file_says_them():
 def test_aliases_prefixes_wrappers_and_extras_load_to_the_same_weights():
     file = seeded(generator_file(**SIZES))
     plain = weights.load_state(mini_net(), file, "plain").state_dict()
-    assert torch.equal(plain["blocks.1.attn.qkv.weight"], file["transformer.layers.1.0.mha.in_proj_weight"])
-    assert torch.equal(plain["blocks.0.mlp.2.bias"], file["transformer.layers.0.1.net.2.bias"])
+    for ours, theirs in (("blocks.1.attn.qkv.weight", "transformer.layers.1.0.mha.in_proj_weight"),
+                         ("blocks.0.mlp.2.bias", "transformer.layers.0.1.net.2.bias")):
+        assert torch.equal(plain[ours], file[theirs])
     extra = {"bits_to_indices": torch.tensor([1, 2], dtype=torch.int32)}
     renamed = {k.replace("input_proj.", "token_emb."): v for k, v in file.items()}
     for variant in (
@@ -177,7 +179,7 @@ def test_packed_rows_are_the_files_q_k_and_v_in_this_order(name, part, packed):
     sentence = refusal(empty(name), {key: v for key, v in file.items() if key != k})
     assert f"part k of {packed} missing" in sentence and "unexpected" not in sentence
     wide = torch.stack([file[k]] * 2, -1)
-    assert f"missing {packed}" in refusal(empty(name), file | {k: wide}), "rows that do not fit together"
+    assert f"missing {packed}" in refusal(empty(name), file | {k: wide}), "they do not fit"
 
 
 def test_last_text_stream_of_maskgen_has_no_way_out_and_its_scale_comes_first():
@@ -232,7 +234,8 @@ def test_a_text_tower_loads_from_either_librarys_file():
 def test_a_networks_own_names_load_unchanged(name, role):
     module = teachers.build(SPECS[name], role, random_weights=True)
     state = {k: v + 1 if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    assert_same(weights.load_state(module, state, "own").state_dict(), state)       # nothing stays by accident
+    own = weights.load_state(module, state, "own").state_dict()
+    assert_same(own, state)                                         # nothing stays by accident
 
 
 @pytest.mark.parametrize("name, finest", [("VQGAN", "decoder.up.0.block.0.norm1.weight"),
@@ -252,14 +255,14 @@ def test_attention_on_a_cpu_is_the_fused_kernel_of_a_gpu():
     assert close(attn(h), attn.out(fused))
 
 
-# ---------------------------------------------------------------------------------- or is refused
+# ------------------------------------------------------------------------------------ or is refused
 def test_a_file_that_does_not_fit_is_refused_by_name():
     file = seeded(generator_file(**SIZES))
     file["class.weight"] = file.pop("class_emb.weight")
     file["pos_emb"] = file["pos_emb"][:, :3]
     sentence = refusal(mini_net(), file, "some.bin")
-    for words in ("some.bin does not fit MaskBit", "missing class_emb.weight", "unexpected class.weight",
-                  "of another shape pos_emb (1, 3, 8) instead of (1, 5, 8)"):
+    for words in ("some.bin does not fit MaskBit", "missing class_emb.weight",
+                  "unexpected class.weight", "of another shape pos_emb (1, 3, 8) instead of (1, 5, 8)"):
         assert words in sentence
     many = {f"x{i}": torch.zeros(1) for i in range(13)}
     assert "and 9 more" in refusal(mini_net(), many | mini_net().state_dict())
@@ -290,20 +293,20 @@ def test_a_file_that_is_no_dict_is_refused_with_a_sentence(tmp_path, content):
         teachers.load_student(str(tmp_path / "list.bin"), "maskbit-tiny")
 
 
-# --------------------------------------------------------------------------- files are read, not run
-@pytest.mark.parametrize("role, name", [("net", "transformer"), ("tokenizer", "vqvae"), ("text", "text_encoder")])
+# -------------------------------------------------------------------------- files are read, not run
+@pytest.mark.parametrize("role, name", weights.HUB_FOLDERS.items())
 def test_a_hubs_folder_is_read_with_the_file_in_it_or_in_its_subfolder(tmp_path, role, name):
     for folder in weights.HUB_FOLDERS.values():
         (tmp_path / folder).mkdir()
         if folder != name:
             save_file({"w": torch.zeros(2)}, tmp_path / folder / "model.safetensors")
-    with pytest.raises(UserError, match=f"no weights in the folder .*, nor in its {name}/: expected one of"):
+    with pytest.raises(UserError, match=f"no weights in the folder .*, nor in its {name}/: exp"):
         weights.read_weights(str(tmp_path), role)
     save_file({"w": torch.ones(2)}, tmp_path / name / "diffusion_pytorch_model.safetensors")
     for folder in (tmp_path, tmp_path / name):
         assert weights.read_weights(str(folder), role)["w"].tolist() == [1, 1]
     torch.save({"w": 2 * torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    assert weights.read_weights(str(tmp_path), role)["w"].tolist() == [2, 2]        # the nearer one first
+    assert weights.read_weights(str(tmp_path), role)["w"].tolist() == [2, 2]  # the nearer one first
 
 
 @pytest.mark.parametrize("name, save", [("a.bin", torch.save), ("a.safetensors", save_file)])
@@ -359,20 +362,23 @@ def test_a_pickle_that_mentions_unknown_classes_gives_its_tensors_and_runs_nothi
     assert torch.equal(weights.read_weights(path)["state_dict"]["w"], w)
 
 
-# ------------------------------------------------------------------------------------ files are fetched
+# -------------------------------------------------------------------------------- files are fetched
 def test_a_shipped_file_that_is_missing_is_a_sentence():
     words = "assets/none.bin does not ship .*--teacher_weights PATH, or add --random_weights"
     with pytest.raises(UserError, match=words):
         weights.fetch(None, "assets/none.bin", "--teacher_weights")
-    assert os.path.isfile(weights.fetch(None, "assets/fashion/teacher.safetensors", "--teacher_weights"))
+    shipped = weights.fetch(None, "assets/fashion/teacher.safetensors", "--teacher_weights")
+    assert os.path.isfile(shipped)
 
 
-@pytest.mark.parametrize("role, flag", [("net", "--teacher_weights"), ("tokenizer", "--tokenizer_weights")])
+@pytest.mark.parametrize("role, flag", [
+    ("net", "--teacher_weights"), ("tokenizer", "--tokenizer_weights")])
 def test_without_network_the_message_names_repository_file_and_flag(monkeypatch, role, flag):
     def no_network(repo, name, **_):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(hf_hub_download=no_network))
+    hub = types.SimpleNamespace(hf_hub_download=no_network)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     files = SPECS["maskbit"].files
     assert files["tokenizer"] == ("markweber/maskbit_tokenizer_14bit", "maskbit_tokenizer_14bit.bin")
     repo, name = files[role]
@@ -382,7 +388,7 @@ def test_without_network_the_message_names_repository_file_and_flag(monkeypatch,
         assert word in str(err.value)
 
 
-# ------------------------------------------------------------------------------- teachers and students
+# ---------------------------------------------------------------------------- teachers and students
 def test_a_teacher_is_frozen_and_with_random_weights_needs_no_file():
     teacher = load_teacher("maskbit-tiny", random_weights=True)
     for module in (teacher.net, teacher.tokenizer):
@@ -404,7 +410,8 @@ def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone(na
 
 
 def test_teacher_files_given_by_path_are_the_ones_loaded(tmp_path):
-    spec, net_path, tokenizer_path = SPECS["maskbit-tiny"], f"{tmp_path}/net.bin", f"{tmp_path}/tokenizer.bin"
+    spec = SPECS["maskbit-tiny"]
+    net_path, tokenizer_path = f"{tmp_path}/net.bin", f"{tmp_path}/tokenizer.bin"
     net, tokenizer = teachers.MaskBit(**spec.net), autoencoders.BitTokenizer(**spec.tokenizer)
     torch.save(net.state_dict(), net_path)
     torch.save(tokenizer.state_dict(), tokenizer_path)
@@ -417,7 +424,8 @@ def test_teacher_files_given_by_path_are_the_ones_loaded(tmp_path):
 
 def test_a_config_beside_the_weights_knows_the_head_count(tmp_path):
     spec, config = SPECS["maskgen-tiny"], tmp_path / "config.json"
-    save_file(teachers.build(spec, "net", random_weights=True).state_dict(), tmp_path / "model.safetensors")
+    net = teachers.build(spec, "net", random_weights=True)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
 
     def built(path=tmp_path):
         return teachers.build(spec, "net", str(path))
@@ -433,7 +441,8 @@ def test_a_config_beside_the_weights_knows_the_head_count(tmp_path):
         built()
 
 
-@pytest.mark.parametrize("name, file", [("maskgit-tiny", maskgit_file), ("meissonic-tiny", meissonic_file)])
+@pytest.mark.parametrize("name, file", [
+    ("maskgit-tiny", maskgit_file), ("meissonic-tiny", meissonic_file)])
 def test_a_bare_student_in_the_published_names_is_loaded_beside_its_teacher(tmp_path, name, file):
     sizes = SPECS[name].net
     torch.save(seeded(shapes_in(file, sizes)), tmp_path / "theta.bin")
@@ -443,7 +452,7 @@ def test_a_bare_student_in_the_published_names_is_loaded_beside_its_teacher(tmp_
     assert_same(expected, state)
     assert config == {}
     assert_same_weights(teacher.net, tiny_teacher(name).net)
-    if teacher.text is not None:                                            # guidance needs the empty prompt
+    if teacher.text is not None:                                   # guidance needs the empty prompt
         assert torch.equal(net.null_text, teacher.net.null_text)
         assert not net.training
 
