@@ -1,7 +1,6 @@
-"""Files: written whole or not at all, found, told apart."""
+"""Files: found, told apart, written whole or not at all, and read without being run."""
 
 import contextlib
-import functools
 import hashlib
 import os
 import zipfile
@@ -9,15 +8,19 @@ import zipfile
 import torch
 import torch.nn as nn
 
+from machinery.errors import UserError, first_line
 
-from machinery.errors import UserError
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))            # of this repository
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+def local(path):
+    """A path as given or, where it does not exist, in this repository: shipped files are there."""
+    return path if os.path.exists(path) else os.path.join(ROOT, path)
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write, which takes the name `path` only when all of it is on the disk: no kill leaves half a file."""
+    """A file to write. It is called `path` only when all of it is on the disk: no half files."""
     with open(path + ".tmp", "wb") as f:
         yield f
         f.flush()
@@ -26,22 +29,27 @@ def replacing(path):
 
 
 def fingerprint(arrays):
-    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: files may have been renamed."""
+    """Twelve hex digits of the SHA-256 of arrays, or of a module's weights: names of files lie."""
     if isinstance(arrays, nn.Module):
         arrays = arrays.state_dict().values()
     digest = hashlib.sha256()
-    for a in arrays:
-        digest.update(torch.as_tensor(a).detach().cpu().contiguous().numpy().tobytes())
+    for array in arrays:
+        tensor = torch.as_tensor(array).detach().cpu().contiguous()
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
-def local(path):
-    """A path as given, or, where it does not exist, relative to this repository: so shipped files are found."""
-    return path if os.path.exists(path) else os.path.join(ROOT, path)
+# ---------------------------------------------------------------------------------- reading weights
+# A torch file is a pickle, and a pickle can ask for any call. torch's weights-only reader allows
+# tensors and plain containers. Published files mention more than that (the VQGAN's, its trainer's
+# callbacks): what the reader does not know is replaced by a class that does nothing, unless its
+# module gives away a payload.
+DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil",
+             "socket", "runpy")
 
 
 class Inert:
-    """Stands for what else a pickle mentions, such as an old trainer's callbacks: takes anything, does nothing."""
+    """Stands for what else a pickle mentions: takes anything, does nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -50,29 +58,30 @@ class Inert:
         pass
 
 
-DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil", "socket", "runpy")
-
-
 def read_tensors(path):
-    """The contents of a .safetensors or torch file, memory-mapped, on the CPU.
-
-    Nothing that the file contains is executed: torch's weights-only reader sees to that, and classes that it does
-    not know (the published VQGAN's file refers to a trainer's callbacks) are replaced by an inert one.
-    """
+    """What is in a .safetensors or torch file, memory-mapped, on the CPU; none of it is run."""
     if not os.path.isfile(path):
         raise UserError(f"no weights at {path}: expected a .safetensors or torch file")
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        load = functools.partial(torch.load, path, map_location="cpu", weights_only=True)
-        if not zipfile.is_zipfile(path):                          # before torch 1.6: cannot be mapped nor looked into
-            return load()
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if code := [name for name in unknown if name.split(".")[0] in DANGEROUS]:
-            raise ValueError(f"it asks to run {code[0]}: not a file of weights")
-        with torch.serialization.safe_globals([(type(name.split(".")[-1], (Inert,), {}), name) for name in unknown]):
-            return load(mmap=True)
-    except Exception as err:       # truncated, not a checkpoint at all, or a pickle of more than tensors
-        why = f"{type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}"
-        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: fetch or write it again")
+        return read_pickle(path)
+    except Exception as err:            # truncated, no checkpoint, or a pickle of more than tensors
+        why = f"{type(err).__name__}: {first_line(err)}"
+        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: "
+                        "fetch or write it again")
+
+
+def read_pickle(path):
+    """A torch file by the weights-only reader; classes it does not know are replaced by Inert."""
+    mapped = zipfile.is_zipfile(path)         # before torch 1.6: cannot be mapped nor looked into
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
+    stand_ins = []
+    for name in unknown:
+        module, *_, last = name.split(".")
+        if module in DANGEROUS:
+            raise ValueError(f"it asks to run {name}: not a file of weights")
+        stand_ins.append((type(last, (Inert,), {}), name))
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -1,4 +1,9 @@
-"""CLIP."""
+"""CLIP as a judge: the cosine of two towers' features says how well a picture fits its prompt.
+
+Three of the four rewards are open_clip's own CLIP under different weights (CLIP, HPSv2, PickScore),
+and so are the two that only measure. Preprocessing is part of each score, and gradients must pass
+through it: it is written here in differentiable tensor operations.
+"""
 
 import math
 
@@ -13,58 +18,75 @@ from networks.text import clip_ids
 from networks.weights import renames
 
 
+# ------------------------------------------------------------------------------------ preprocessing
 def normalize(img):
     """Pixels in [0, 1] -> what all four rewards were trained on."""
-    mean, std = img.new_tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    mean = img.new_tensor([0.48145466, 0.4578275, 0.40821073])
+    std = img.new_tensor([0.26862954, 0.26130258, 0.27577711])
     return (img - mean[:, None, None]) / std[:, None, None]
 
 
 def resize(img, h, w):
-    """Bicubic and antialiased; in float32 at least, and not clamped, though it overshoots [0, 1] a little."""
-    img = img.float() if img.dtype in (torch.float16, torch.bfloat16) else img
-    img = img.expand(-1, 3, -1, -1)                                                           # gray: (B, 1, H, W)
-    return img if img.shape[2:] == (h, w) else F.interpolate(img, (h, w), mode="bicubic", antialias=True)
+    """Bicubic and antialiased, in float32 at least; not clamped, though it overshoots a bit."""
+    img = img.to(torch.promote_types(img.dtype, torch.float32))
+    img = img.expand(-1, 3, -1, -1)                                           # gray: (B, 1, H, W)
+    if img.shape[2:] == (h, w):
+        return img
+    return F.interpolate(img, (h, w), mode="bicubic", antialias=True)
+
+
+def shorter_side(H, W, size):
+    """The picture's (h, w) with the shorter side `size`; (top, left) of its central square."""
+    short = min(H, W)
+    h, w = int(size * H / short), int(size * W / short)           # the longer side is truncated
+    top, left = round((h - size) / 2), round((w - size) / 2)      # halves to even
+    return h, w, top, left
 
 
 def preprocess(img, size=224):
-    """Images (B, 3 or 1, H, W) in [0, 1] -> (B, 3, size, size): one differentiable tensor for all rewards.
-
-    The shorter side becomes `size`, the longer one is truncated to an integer, then the center is cropped.
-    """
-    H, W = img.shape[2:]
-    h, w = int(size * H / min(H, W)), int(size * W / min(H, W))
-    top, left = round((h - size) / 2), round((w - size) / 2)                                  # halves to even
-    return normalize(resize(img, h, w)[:, :, top : top + size, left : left + size])
+    """Images (B, 3 or 1, H, W) in [0, 1] -> (B, 3, size, size): the same for all rewards."""
+    h, w, top, left = shorter_side(*img.shape[2:], size)
+    img = resize(img, h, w)
+    return normalize(img[:, :, top : top + size, left : left + size])
 
 
 def preprocess_longest(img, size=224):
-    """As HPSv2's own benchmark has it: the longer side becomes `size`, the rest is padded with black."""
+    """As HPSv2's own benchmark has it: the longer side is `size`, the rest is padded with black."""
     H, W = img.shape[2:]
-    h, w = round(H * size / max(H, W)), round(W * size / max(H, W))
+    long = max(H, W)
+    h, w = round(H * size / long), round(W * size / long)
     top, left = (size - h) // 2, (size - w) // 2
-    return normalize(F.pad(resize(img, h, w), (left, size - w - left, top, size - h - top)))
+    margins = left, size - w - left, top, size - h - top
+    return normalize(F.pad(resize(img, h, w), margins))
 
 
 def preprocess_pil(img, size=224):
-    """As open_clip evaluates: a PIL picture -> (3, size, size), resized by PIL, which rounds to bytes and clamps."""
-    (W, H), short = img.size, min(img.size)
-    w, h = int(size * W / short), int(size * H / short)
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    img = img.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)).convert("RGB")
-    return normalize(torch.from_numpy(np.array(img)).permute(2, 0, 1).float() / 255)
+    """As open_clip evaluates: a PIL picture -> (3, size, size), rounded to bytes and clamped."""
+    h, w, top, left = shorter_side(img.height, img.width, size)
+    img = img.resize((w, h), Image.Resampling.BICUBIC)
+    img = img.crop((left, top, left + size, top + size)).convert("RGB")
+    pixels = torch.from_numpy(np.array(img)).permute(2, 0, 1)
+    return normalize(pixels.float() / 255)
 
 
-CLIP_H = dict(embed_dim=1024, vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14),
-              text_cfg=dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24))
+# --------------------------------------------------------------------------------------- the towers
+TEXT_H = dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24)
+CLIP_H = dict(
+    embed_dim=1024, text_cfg=TEXT_H,
+    vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14))
 # Two that measure and never teach (evaluate.py): CLIP score's, and GenEval's judge of colors.
-CLIP_G = dict(CLIP_H, vision_cfg=dict(image_size=224, layers=40, width=1408, head_width=88, mlp_ratio=4.3637,
-                                      patch_size=14))
-CLIP_L = dict(embed_dim=768, quick_gelu=True, vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-              text_cfg=dict(context_length=77, vocab_size=49408, width=768, heads=12, layers=12))
+CLIP_G = dict(
+    embed_dim=1024, text_cfg=TEXT_H,
+    vision_cfg=dict(image_size=224, layers=40, width=1408, head_width=88, mlp_ratio=4.3637,
+                    patch_size=14))
+CLIP_L = dict(
+    embed_dim=768, quick_gelu=True,
+    vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
+    text_cfg=dict(TEXT_H, width=768, heads=12, layers=12))
 
 
 class ClipReward(nn.Module):
-    """The cosine of two towers' features: open_clip's own CLIP, of any size, under three sets of weights.
+    """The cosine of two towers' features: open_clip's own CLIP, of any size and weights.
 
     kind: "clip" and "pickscore" multiply by the learned scale s, "hps" does not.
     """
@@ -74,27 +96,31 @@ class ClipReward(nn.Module):
         try:
             from open_clip.model import CLIP
         except ImportError:
-            raise UserError(f"the reward {kind} is a CLIP by open_clip: pip install open_clip_torch")
-        self.clip, self.size, self.scaled = CLIP(**config), config["vision_cfg"]["image_size"], kind != "hps"
+            raise UserError(f"the reward {kind} is a CLIP by open_clip: "
+                            "pip install open_clip_torch")
+        self.clip = CLIP(**config)
+        self.size = config["vision_cfg"]["image_size"]
+        self.scaled = kind != "hps"
 
     def tokenize(self, prompts):
         """Prompts -> ids (n, context), as they are: no template."""
         return clip_ids(prompts, self.clip.context_length, self.clip.vocab_size)
 
     def image_features(self, pixels):
-        return self.unit(self.clip.encode_image(pixels))                                      # (B, embed)
+        return self.normalized(self.clip.encode_image(pixels))                # (B, embed)
 
     def text_features(self, ids):
-        causal = torch.full((ids.shape[1],) * 2, -math.inf, device=ids.device).triu(1)
-        self.clip.attn_mask = causal              # in no file, so a model that was built on "meta" comes without it
-        return self.unit(self.clip.encode_text(ids))                                          # (B, embed)
+        S = ids.shape[1]
+        causal = torch.full((S, S), -math.inf, device=ids.device).triu(1)
+        self.clip.attn_mask = causal              # in no file: a model built on "meta" has none
+        return self.normalized(self.clip.encode_text(ids))                    # (B, embed)
 
-    def unit(self, features):
-        """Length 1, computed in the precision of the scale: float32 also where the matrices are bf16."""
+    def normalized(self, features):
+        """Length 1, in the precision of the scale: float32 also where the matrices are bf16."""
         return F.normalize(features.to(self.clip.logit_scale.dtype), dim=-1)
 
     def forward(self, pixels, ids):
-        """Preprocessed pixels (B, 3, size, size) and ids (B, context) -> scores (B,) of the pairs (i, i)."""
+        """Pixels (B, 3, size, size) and ids (B, context) -> scores (B,) of the pairs (i, i)."""
         cosine = (self.image_features(pixels) * self.text_features(ids)).sum(-1)
         return cosine * self.clip.logit_scale.exp() if self.scaled else cosine
 
@@ -107,13 +133,14 @@ class ClipReward(nn.Module):
         vision_model.embeddings.class_embedding            visual.class_embedding
         vision_model.embeddings.patch_embedding.           visual.conv1.
         vision_model.embeddings.position_embedding.weight  visual.positional_embedding
-        vision_model.pre_layrnorm.   visual.ln_pre.        vision_model.post_layernorm.  visual.ln_post.
+        vision_model.pre_layrnorm.                         visual.ln_pre.
+        vision_model.post_layernorm.                       visual.ln_post.
         vision_model.encoder.layers.                       visual.transformer.resblocks.
         visual_projection.weight                           visual.proj^T
         .layer_norm1.       .ln_1.                         .layer_norm2.         .ln_2.
         .mlp.fc1.           .mlp.c_fc.                     .mlp.fc2.             .mlp.c_proj.
         .self_attn.q_proj.  .attn.in_proj_#0               .self_attn.k_proj.    .attn.in_proj_#1
         .self_attn.v_proj.  .attn.in_proj_#2               .self_attn.out_proj.  .attn.out_proj.
-    """) + [(r"^(?!clip\.)", "clip.")]                  # transformers' names to open_clip's, and those to ours
+    """) + [(r"^(?!clip\.)", "clip.")]          # transformers' names to open_clip's, those to ours
     published_extras = (r"(text_model|vision_model)\.embeddings\.position_ids$"
                         r"|(attn_mask|input_resolution|context_length|vocab_size)$")

@@ -1,140 +1,157 @@
-"""Published weights: files from anywhere, read without running what is in them, and made to fit our modules.
+"""Published weights: found on disk or fetched, and made to fit our modules.
 
-A published state dict has its own names, its own packing and its trainer's luggage. Each module says how it is called
-elsewhere (`published_names`, `published_extras`), and `load_state` is strict: every tensor finds its place in its
-shape, or one sentence says what is missing, unexpected, or other. Also here: how this repository writes a file
-(`replacing`) and tells two models apart (`fingerprint`).
+A published state dict has its own names, its own packing and its trainer's luggage. Each module
+says how it is called elsewhere (`published_names`, `published_extras`), and `load_state` is strict:
+every tensor finds its place in its shape, or one sentence says what is missing, unexpected, or of
+another shape. How a file is read without running what is in it: machinery/files.py.
 """
 
-import itertools
 import os
 import re
 
 import torch
 
-from machinery.errors import UserError
-from machinery.files import read_tensors, local
+from machinery.errors import UserError, first_line
+from machinery.files import local, read_tensors
 
 
-FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}               # as hubs lay models out
-NAMES = tuple(f"{stem}.{kind}" for stem in ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
-              "open_clip_pytorch_model") for kind in ("safetensors", "fp16.safetensors", "bin"))
+# ----------------------------------------------------------------------------- finding and fetching
+HUB_FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}
+HUB_STEMS = ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
+             "open_clip_pytorch_model")
+HUB_KINDS = ("safetensors", "fp16.safetensors", "bin")
+HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS for kind in HUB_KINDS]
 
 
 def read_weights(path, role="net"):
-    """The state dict in a .safetensors or torch file, or in a hub's folder of such, memory-mapped, on the CPU.
-
-    Nothing that the file contains is executed: torch's weights-only reader sees to that, and classes that it does
-    not know (the published VQGAN's file refers to a trainer's callbacks) are replaced by an inert one.
-    """
-    if os.path.isdir(path):
-        found = [p for folder in ("", FOLDERS[role]) for name in NAMES
-                 if os.path.isfile(p := os.path.join(path, folder, name))]
-        if not found:
-            raise UserError(f"no weights in the folder {path}, nor in its {FOLDERS[role]}/: expected one of "
-                            f"{', '.join(NAMES[:4])}, ...")
-        path = found[0]
-    return read_tensors(path)
+    """The state dict in a .safetensors or torch file, or in a folder as hubs lay models out."""
+    if not os.path.isdir(path):
+        return read_tensors(path)
+    for folder in (path, os.path.join(path, HUB_FOLDERS[role])):
+        for name in HUB_NAMES:
+            file = os.path.join(folder, name)
+            if os.path.isfile(file):
+                return read_tensors(file)
+    raise UserError(f"no weights in the folder {path}, nor in its {HUB_FOLDERS[role]}/: "
+                    f"expected one of {', '.join(HUB_NAMES[:4])}, ...")
 
 
 def fetch(repo, name, flag):
-    """The local path of a published file: from this repository's assets (repo None), else from the hub."""
+    """The local path of a published file: of this repository (repo None), else from the hub."""
     if repo is None:
         if not os.path.exists(local(name)):
-            raise UserError(f"{name} does not ship with this version: make it (README), name a file of your own by {flag} "
-                            "PATH, or add --random_weights to try the code")
+            raise UserError(
+                f"{name} does not ship with this version: make it (README), name a file of your "
+                f"own by {flag} PATH, or add --random_weights to try the code")
         return local(name)
     try:
         from huggingface_hub import hf_hub_download
         return hf_hub_download(repo, name)
     except Exception as err:
-        raise UserError(f"cannot download {name} from the Hugging Face hub, repository {repo} "
-                        f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by {flag} PATH; "
-                        "or try sizes and speed with --random_weights")
+        raise UserError(
+            f"cannot download {name} from the Hugging Face hub, repository {repo} "
+            f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by "
+            f"{flag} PATH; or try sizes and speed with --random_weights")
 
 
+def download(url, digest, flag):
+    """The local path of a file from the web, kept in torch's cache; its SHA-256 begins so."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if os.path.isfile(path):
+        return path
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path, digest)
+    except (OSError, RuntimeError) as err:      # no network, no room; another file than expected
+        raise UserError(f"cannot download {url} ({first_line(err)}): fetch it elsewhere and name "
+                        f"the file by {flag} PATH")
+    return path
+
+
+# ------------------------------------------------------------------------------------ making it fit
 def renames(text):
-    """Pairs "theirs ours" as rules that lead from published names to those here.
+    """Pairs "theirs ours" as rules (pattern, replacement) from published names to those here.
 
-    * is a number; .x holds anywhere, x at the start. ours#i is part i of a packed tensor; ours^T is stored transposed
-    (see `published_state`).
+    * is a number, at most one per name; .x holds anywhere, x at the start. ours#i is part i of a
+    packed tensor; ours^T is stored transposed (see `published_state`).
     """
-    words, rules = text.split(), []
+    words = text.split()
+    rules = []
     for theirs, ours in zip(words[::2], words[1::2]):
-        numbers = itertools.count(1)
-        rules.append(("^" * (theirs[0] != ".") + re.escape(theirs).replace(r"\*", r"(\d+)"),
-                      re.sub(r"\*", lambda _: rf"\{next(numbers)}", ours)))
+        start = "" if theirs.startswith(".") else "^"
+        pattern = start + re.escape(theirs).replace(r"\*", r"(\d+)")
+        rules.append((pattern, ours.replace("*", r"\1")))
     return rules
 
 
 def published_state(state, module):
-    """(a published state dict with this module's names, prefixes and known extras dropped; what is wrong in itself).
+    """A published state dict -> (the same with this module's names, what is wrong in the file).
 
-    In `published_names`, name#i is row block i of a packed tensor, name^T is stored transposed. 1x1 convolutions
-    become the matrices they are. Two keys for one tensor (a tied output layer) must hold the same numbers.
+    Prefixes of wrappers and known extras are dropped. In `published_names`, name#i is row block i
+    of a packed q, k, v, and name^T is stored transposed. 1x1 convolutions become the matrices they
+    are. Two keys for one tensor (a tied output layer) must hold the same numbers.
     """
-    own, out, parts, complaints = module.state_dict(), {}, {}, []
+    own = module.state_dict()
+    out, packed, complaints = {}, {}, []
     for original, tensor in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", original)
-        if re.match(getattr(module, "published_extras", r"$^"), key):
+        if re.match(getattr(module, "published_extras", "$^"), key):
             continue
         for pattern, name in getattr(module, "published_names", ()):
             key = re.sub(pattern, name, key)
         if key.endswith("^T"):
             key, tensor = key[:-2], tensor.T
-        if (part := re.search(r"#(\d)", key)) and isinstance(tensor, torch.Tensor):
-            parts.setdefault(re.sub(r"#\d", "", key), {})[int(part[1])] = tensor
-            continue
-        if key in own and own[key].ndim == 2 and getattr(tensor, "ndim", 0) == 4 and tensor.shape[2:] == (1, 1):
+        part = re.search(r"#(\d)", key)
+        key = re.sub(r"#\d", "", key)
+        if key in own and own[key].ndim == 2 and shape_of(tensor)[2:] == (1, 1):
             tensor = tensor.flatten(1)
-        if key in out and not tensor.is_meta and not torch.equal(out[key], tensor):
+        if part:
+            packed.setdefault(key, {})["qkv"[int(part[1])]] = tensor
+            continue
+        if key in out and not torch.equal(out[key], tensor):
             complaints.append(f"two different tensors for {key}, one of them {original}")
         out[key] = tensor
-    for key, rows in parts.items():
-        if missing := {0, 1, 2} - rows.keys():
-            complaints.append(f"part {', '.join('qkv'[i] for i in sorted(missing))} of {key} missing")
-            rows |= {i: torch.empty_like(next(iter(rows.values()))) for i in missing}         # said once, enough
-        if len({t.shape[1:] for t in rows.values()}) == 1:
-            out[key] = torch.cat([rows[i].flatten(1) if rows[i].ndim == 4 else rows[i] for i in sorted(rows)])
+    for key, parts in packed.items():
+        missing = {*"qkv"} - parts.keys()
+        if missing:
+            complaints.append(f"part {', '.join(sorted(missing))} of {key} missing")
+            out[key] = own.get(key)                   # said once, that is enough
+        elif len({shape_of(part)[1:] for part in parts.values()}) == 1:
+            out[key] = torch.cat([parts[part] for part in "qkv"])
     return out, complaints
 
 
 def load_state(module, state, source):
-    """Copy a state dict into a module, strictly; a UserError names what is missing, unexpected, or of another shape.
+    """Copy a state dict into a module, strictly: a UserError names every kind of misfit.
 
-    Float16 and bfloat16 tensors become the module's own dtype. `source` is how messages call the file.
+    Float16 and bfloat16 tensors become the module's own dtype. source: how messages call the file.
     """
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and not isinstance(state.get(wrapper, 0), (int, torch.Tensor)):
             state = state[wrapper]
     if not isinstance(state, dict):
         raise UserError(f"{source}: expected a dict of tensors, got {type(state).__name__}")
-    (state, complaints), own = published_state(state, module), module.state_dict()
-    few = lambda names: ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    shape = lambda t: tuple(getattr(t, "shape", ()))
-    misshapen = {k: shape(state[k]) for k in own.keys() & state.keys() if shape(own[k]) != shape(state[k])}
-    if missing := own.keys() - state.keys():
-        complaints.append(f"missing {few(missing)}")
-    if unexpected := state.keys() - own.keys():
-        complaints.append(f"unexpected {few(unexpected)}")
-    if misshapen:
-        complaints.append("of another shape "
-                          + few([f"{k} {v} instead of {shape(own[k])}" for k, v in misshapen.items()]))
+    state, complaints = published_state(state, module)
+    own = module.state_dict()
+    misshapen = [f"{key} {shape_of(state[key])} instead of {shape_of(own[key])}"
+                 for key in own.keys() & state.keys() if shape_of(state[key]) != shape_of(own[key])]
+    for what, names in (("missing", own.keys() - state.keys()),
+                        ("unexpected", state.keys() - own.keys()),
+                        ("of another shape", misshapen)):
+        if names:
+            complaints.append(f"{what} {some_of(names)}")
     if complaints:
-        raise UserError(f"{source} does not fit {type(module).__name__}: " + "; ".join(complaints)
-                        + ". Is it another teacher's file, or another size?")
+        raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(complaints)}. "
+                        "Is it another teacher's file, or another size?")
     module.load_state_dict(state)
     return module
 
 
-def download(url, digest, flag):
-    """The local path of a file from the web, kept in torch's cache."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not os.path.isfile(path):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, digest)
-        except (OSError, RuntimeError) as err:        # no network, no room; another file than expected
-            raise UserError(f"cannot download {url} ({' '.join(str(err).split())[:200]}): fetch it elsewhere and name "
-                            f"the file by {flag} PATH")
-    return path
+def shape_of(tensor):
+    return tuple(getattr(tensor, "shape", ()))
+
+
+def some_of(names):
+    """The first four, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(sorted(names)[:4]) + more
