@@ -177,7 +177,7 @@ def tteo(teacher, net, asked, loss_of, starts=4, iterations=4, config=None, chun
     best = [torch.cat(field).unflatten(0, (-1, starts)) for field in best]
     every = Best(*best, torch.cat(history, 1).unflatten(1, (-1, starts)))
     start = every.loss.argmin(1)                                                              # (P,)
-    chosen = torch.arange(len(start)), start
+    chosen = torch.arange(len(start), device=device), start
     return Found(every.img[chosen], every.loss[chosen], start, now(device) - begin, every)
 
 
@@ -220,10 +220,12 @@ def flags():
     add = ap.add_argument_group("system").add_argument
     add("--chunk", type=positive_int,
         help="starts that share a batch (default: --starts; with --benchmark all of 20 prompts)")
-    add("--checkpointing", action="store_true", help="recompute activations on the way back")
+    add("--checkpointing", action="store_true",
+        help="save memory: recompute activations on the way back")
     add("--bf16", action="store_true", help="all but the decoder in bfloat16")
     add("--device", choices=["cuda", "cpu"], default=default_device())
-    add("--out", default="out/tteo", help="folder of results.jsonl and tteo.png (out/tteo)")
+    add("--out", default="out/tteo",
+        help="folder of results.jsonl (appended) and tteo.png (out/tteo)")
     return ap
 
 
@@ -247,8 +249,8 @@ def one_prompt(args, teacher, rewards, weights, draw, facts):
             raise UserError("no start has a finite loss: the student's training diverged, or a "
                             "reward overflowed")
         scores = rewards(best.img, [args.prompt])
-        row = {"score": weighted(scores, weights).item(), "loss": best.loss.item()}
-        row["seconds"] = best.seconds
+        row = {"score": weighted(scores, weights).item(), "loss": best.loss.item(),
+               "seconds": best.seconds}
         rows.append(row | {name: score.item() for name, score in scores.items()})
     print_rows(dict(zip(captions, rows)))
     start = after.start.item()
@@ -256,7 +258,8 @@ def one_prompt(args, teacher, rewards, weights, draw, facts):
     print(f"TTEO's best is start {start} at iteration {k}, both counted from 0")
 
     record = vars(args) | facts | environment(args.device) | {"weights": weights}
-    record["before"], record["history"] = rows[0], after.every.history[:, 0].tolist()
+    record["history"] = after.every.history[:, 0].tolist()
+    record["before"] = rows[0]
     record["after"] = rows[1] | {"start": start, "iteration": k}
     record["best_of"] = rows[2] | {"n": n}
     append_rows(os.path.join(args.out, "results.jsonl"), [record])
@@ -330,6 +333,7 @@ def main(args):
     for network in (net, teacher.tokenizer):
         network.set_checkpointing(args.checkpointing)
     config = spec.student | config
+    start = {key: config[key] for key in ("init_ratio", "noise")}
     sgd = {key: getattr(args, key) for key in ("lr", "momentum", "clip", "regularize")}
 
     def loss_of(img, prompts):
@@ -337,10 +341,10 @@ def main(args):
 
     def draw(prompts, starts, iterations, generator, chunk=args.chunk):
         with autocast(args.device, args.bf16):
-            return tteo(teacher, net, prompts, loss_of, starts, iterations, config, chunk,
+            return tteo(teacher, net, prompts, loss_of, starts, iterations, start, chunk,
                         generator, **sgd)
 
-    facts = {key: config[key] for key in ("init_ratio", "noise")} | {"student": fingerprint(net)}
+    facts = start | {"student": fingerprint(net)}
     if args.benchmark:
         benchmark(args, teacher, rewards, draw, facts | {"sgd": sgd})
     else:
