@@ -29,7 +29,7 @@ from worlds import fashion
 from machinery.errors import UserError
 from machinery.files import ROOT
 from teachers import SPECS
-from tests.common import agrees, command, inception_file, inception_state, photos, student
+from tests.common import tiny, plain, agrees, command, inception_file, inception_state, photos, student
 
 
 # ================================================================================================= evaluate.py
@@ -206,7 +206,7 @@ def test_a_sheet_has_a_column_a_class_and_a_table_says_what_n_does(tmp_path):
     from PIL import Image
     img = torch.zeros(12, 1, 32, 32, dtype=torch.uint8)
     img[10] = 200
-    pictures.sheet([("teacher, 16 steps", img), ("student, 1 step", img[:10])], str(tmp_path / "s.png"), scale=3)
+    pictures.sheet([("teacher, 16 steps", img), ("student, 1 step", img[:10])], str(tmp_path / "s.png"))
     page = Image.open(tmp_path / "s.png")
     assert page.size == (10 * 98 + 2, 3 * 98 + 2 * 16 + 2) and page.getpixel((50, 16 + 98 + 48)) == (200,) * 3
     row = dict(model="teacher", kind="teacher", steps=16, n=5000, fid=4.0, **{"images/s": 10.0, "tokens_only/s": 12.0})
@@ -458,7 +458,7 @@ def test_one_two_and_four_processes_give_the_same_numbers_and_the_same_complaint
     whole = None
     for world in (1, 2, 4):
         group = Processes(world)
-        for module in (engine, processes, images):
+        for module in (processes,):
             monkeypatch.setattr(module, "dist", group)
 
         def measured():
@@ -532,7 +532,7 @@ def test_a_row_names_everything_that_makes_fids_differ(small, tmp_path, capsys):
 
 def test_only_the_metrics_asked_for_are_computed(small, tmp_path, monkeypatch):
     path = adm_like(tmp_path / "ref.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8))
-    monkeypatch.setattr(fid, "prdc", None), monkeypatch.setattr(reference, "npz_images", None), monkeypatch.setattr(fid, "fid", None)
+    monkeypatch.setattr(fid, "prdc", None), monkeypatch.setattr(reference, "with_neighbors", None), monkeypatch.setattr(fid, "fid", None)
     row, = command(tmp_path, "--teacher", "maskgit-tiny", "--steps", 1, "--n", 12, "--reference", path, "--metrics", "is")
     assert row["is"] >= 1 and "fid" not in row and "precision" not in row
 
