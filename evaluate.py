@@ -93,7 +93,7 @@ class Model(NamedTuple):
         return ", ".join(words)
 
 
-def given_files(args):
+def files_of(args):
     return {key: getattr(args, key) for key in FILES}
 
 
@@ -108,32 +108,32 @@ def hashes(teacher):
 
 def models(args, device):
     """One Model at a time: students at each temperature, then the teacher at each number of steps."""
-    name, files = args.teacher, given_files(args)
+    name, files = args.teacher, files_of(args)
     for path in args.ckpt:
         teacher, net, config = load_student(path, args.teacher, device, **files)
         name = name or teacher.spec.name
         files = {key: value or config.get(key) for key, value in files.items()}
         settings = {**teacher.spec.student, **config}
+        start = {}
         for key in ("init_ratio", "noise"):
-            if getattr(args, key) is not None:
-                settings[key] = getattr(args, key)
+            given = getattr(args, key)
+            start[key] = settings[key] if given is None else given
+        facts = dict(model=f"student {path}", kind="student", weights=fingerprint(net), steps=1)
         for temperature in args.temperature or [settings["temperature"]]:
-            how = dict(temperature=temperature, init_ratio=settings["init_ratio"],
-                       noise=settings["noise"])
-            facts = dict(model=f"student {path}", kind="student", weights=fingerprint(net), steps=1,
-                         **how, **hashes(teacher))
+            how = dict(temperature=temperature, **start)
             draw = functools.partial(generate_student, teacher, net, **how)
-            yield Model(teacher, draw, facts, config)
+            yield Model(teacher, draw, {**facts, **how, **hashes(teacher)}, config)
 
     if not args.steps and (args.ckpt or args.reconstruction):
         return
     teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
     usual = [1, 2, 4, 8, 16] if teacher.spec.record else [next(iter(teacher.spec.sampling))]
+    given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
     for steps in args.steps or usual:
-        given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
-        facts = dict(model="teacher", kind="teacher", steps=steps, order=args.order,
-                     **teacher.spec.settings(steps, **given), **hashes(teacher))
-        draw = functools.partial(generate_teacher, teacher, steps=steps, order=args.order, **given)
+        how = dict(steps=steps, order=args.order)
+        settings = teacher.spec.settings(steps, **given)
+        facts = dict(model="teacher", kind="teacher", **how, **settings, **hashes(teacher))
+        draw = functools.partial(generate_teacher, teacher, **how, **given)
         yield Model(teacher, draw, facts, {})
 
 
@@ -216,21 +216,20 @@ def fake_row(args, space, device):
 
 def reconstruction_rows(args, space, device):
     """The rows of --reconstruction: of Fashion-MNIST, or of --real."""
-    teacher = load_teacher(args.teacher or "maskbit-tiny", device=device, **given_files(args))
+    teacher = load_teacher(args.teacher or "maskbit-tiny", device=device, **files_of(args))
     extractor, reference = space or load_extractor(teacher.spec, device)
     if extractor is None:
         raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not "
                         "know: for other images add --real FOLDER")
     if args.real:
-        sources = [folder_source(args.real, teacher)]
-        n = args.n or sources[0].n
+        sources, n = [folder_source(args.real, teacher)], args.n
     else:
         splits = {split: torch.from_numpy(load_images(split)[0]) for split in ("train", "t10k")}
         sources = [Source(split, len(img), img.__getitem__) for split, img in splits.items()]
         n = args.n or 5000
+    batch = batch_size(args, teacher)
     for source in sources:
-        for row in reconstruction(teacher, source, n, extractor, reference,
-                                  batch_size(args, teacher), device):
+        for row in reconstruction(teacher, source, n, extractor, reference, batch, device):
             yield {**row, "pixels": rounding(teacher.spec)}
 
 
@@ -255,10 +254,7 @@ def export_student(args, device):
 def main(args):
     check_device(args.device)
     device = join_processes(args.device)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as err:
-        raise UserError(f"--out {args.out}: cannot write there ({err.strerror})")
+    os.makedirs(args.out, exist_ok=True)
     if args.export:
         return export_student(args, device)
     benchmarks = load_benchmarks(args, device, load_detector)
@@ -282,18 +278,17 @@ def main(args):
                 f.write(line + "\n")
 
     # ------------------------------------------------------------------------------ a row each
-    drawn = models(args, device)
     if args.geneval_folder:
         record(geneval_folder(args, device, load_detector))
     if args.fake:
         record(fake_row(args, space, device))
-    if args.geneval_folder or args.fake:
-        drawn = []
     if args.reconstruction:
         for row in reconstruction_rows(args, space, device):
             record(row)
-
-    for model in drawn:
+    drawing = models(args, device)
+    if args.geneval_folder or args.fake:
+        drawing = []                                  # they are drawn already
+    for model in drawing:
         teacher, spec = model.teacher, model.teacher.spec
         space = space or imagenet_space(args, spec, device)
         for judge in judges(args, model, space, benchmarks, device):
@@ -334,9 +329,9 @@ def flags():
     add = ap.add_argument_group("what to evaluate").add_argument
     add("--ckpt", nargs="+", default=[], metavar="PATH",
         help="students: checkpoints of train.py, or bare weights")
-    add("--teacher", metavar="NAME",
+    add("--teacher",
         help=f"one of {', '.join(SPECS)}; bare weights are a student of it, too")
-    add("--steps", nargs="+", metavar="N", type=number(1, 4096, int),
+    add("--steps", nargs="+", type=number(1, 4096, int),
         help="evaluate the teacher at these numbers of steps (default: its published one without "
              "--ckpt, none with it)")
     add("--reconstruction", action="store_true",
@@ -356,7 +351,7 @@ def flags():
 
     add = ap.add_argument_group("how to sample (default: what the checkpoint says; the teacher's "
                                 "own)").add_argument
-    add("--temperature", nargs="+", type=nonnegative, metavar="T",
+    add("--temperature", nargs="+", type=nonnegative,
         help="temperatures of a student's softmax, one row each; 0 is argmax")
     add("--init_ratio", type=share, help="share of masked units in a student's start")
     add("--noise", type=share, help="embedding perturbation of a student's start")
@@ -369,7 +364,7 @@ def flags():
              "sequence (default: %(default)s)")
 
     add = ap.add_argument_group("which numbers").add_argument
-    add("--metrics", nargs="+", choices=[*METRICS, *BENCHMARKS], metavar="NAME",
+    add("--metrics", nargs="+", choices=[*METRICS, *BENCHMARKS],
         help="fid, is (Inception Score), prdc (precision, recall, density, coverage): all three by "
              "default; and clip, hps, geneval, the benchmarks of text to image, which have their "
              "own prompts")
@@ -431,4 +426,4 @@ def flags():
 
 
 if __name__ == "__main__":
-    guard(lambda: main(flags().parse_args()))
+    guard(lambda: main(flags().parse_args()), cannot_write="see --out and --save_reference")

@@ -64,8 +64,10 @@ def scored(make_images, asked, score, width, batch, seed, desc, folder=None, eve
 
     rates = [timed / (s or math.inf) for s in (seconds.total(), seconds["tokens"])]
     images, tokens = all_reduce(torch.tensor(rates, **exact)).tolist()
-    facts = {"seed": seed, "batch": batch, "images/s": images or None,
-             "tokens_only/s": tokens or None, "processes": world_size()}
+    facts = {
+        "seed": seed, "batch": batch, "images/s": images or None,
+        "tokens_only/s": tokens or None, "processes": world_size(),
+    }
     return all_reduce(scores), facts                  # a row is zero but on the process that made it
 
 

@@ -36,7 +36,7 @@ def fid(mu1, sigma1, mu2, sigma2):
         warnings.simplefilter("ignore")               # "singular": as just said
         root = scipy.linalg.sqrtm(sigma1 @ sigma2)
         if not np.isfinite(root).all():
-            eps = 1e-6 * np.eye(len(sigma1))
+            eps = 1e-6 * np.eye(len(mu1))
             root = scipy.linalg.sqrtm((sigma1 + eps) @ (sigma2 + eps))
     return frechet(mu1, sigma1, mu2, sigma2, np.trace(root).real)
 
@@ -99,9 +99,9 @@ def prdc(real, fake, k=3, block_bytes=2**26):
     if min(len(real), len(fake)) <= k:
         raise UserError(f"{k} neighbors need more than {k} images a side: got {len(real)} real, "
                         f"{len(fake)} fake")
-    real, fake = real.double(), fake.double()
-    center = real.mean(0)
-    real, fake = real - center, fake - center         # the same distances, of smaller squares
+    center = real.double().mean(0)                    # from there, the same distances have
+    real = real.double() - center                     # smaller squares
+    fake = fake.double() - center
     tie = 1e-12 * max(f.square().sum(1).max().item() for f in (real, fake))
 
     def blocks(a, others):
@@ -111,7 +111,8 @@ def prdc(real, fake, k=3, block_bytes=2**26):
         distances = (squared_distances(block, f) for block in blocks(f, f))
         return torch.cat([d.kthvalue(k + 1).values for d in distances]) - tie
 
-    r_real, r_fake = radii(real), radii(fake)
+    r_real = radii(real)
+    r_fake = radii(fake)
     precise = inside = 0
     recalled = covered = torch.zeros_like(r_real, dtype=torch.bool)
     for block, r_block in zip(blocks(fake, real), blocks(r_fake, real)):
@@ -121,8 +122,12 @@ def prdc(real, fake, k=3, block_bytes=2**26):
         inside += in_real.sum().item()
         covered = covered | in_real.any(0)            # if any fake is inside, the nearest one is
         recalled = recalled | (d < r_block[:, None]).any(0)
-    return dict(precision=precise / len(fake), recall=recalled.double().mean().item(),
-                density=inside / (k * len(fake)), coverage=covered.double().mean().item())
+    return dict(
+        precision=precise / len(fake),
+        recall=recalled.double().mean().item(),
+        density=inside / (k * len(fake)),
+        coverage=covered.double().mean().item(),
+    )
 
 
 # ------------------------------------------------------------------------------- all of it, of a model
@@ -144,7 +149,7 @@ def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, d
     row = dict(n=len(asked))
     if "fid" in metrics:
         distances = None
-        if is_main():                                 # it takes half a minute at 2048 features
+        if is_main():                                 # half a minute of a core at 2048 features
             both = fake.mu, fake.sigma, reference.mu, reference.sigma
             distances = fid(*both), fid_eigenvalues(*both)
         row["fid"], row["fid_eigenvalues"] = gather(distances)[0]
@@ -153,6 +158,10 @@ def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, d
             row[name], row[f"{name}_std"] = inception_score(fake.logits, **convention)
     if "prdc" in metrics and reference.features is not None:
         row.update(prdc(reference.features, fake.features), k=3)
-    row.update(fake.facts, extractor=f"{type(extractor).__name__} {fingerprint(extractor)}",
-               reference=reference.name, **getattr(extractor, "facts", {}))
-    return row
+    return {
+        **row,
+        **fake.facts,
+        "extractor": f"{type(extractor).__name__} {fingerprint(extractor)}",
+        "reference": reference.name,
+        **getattr(extractor, "facts", {}),
+    }

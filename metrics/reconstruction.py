@@ -30,26 +30,26 @@ class Source(NamedTuple):
     complain: Callable | None = None              # raises where some could not be read
 
 
-def caption_beside(image):
-    """What NAME.txt beside an image says, or ""."""
-    path = os.path.splitext(image)[0] + ".txt"
-    return read_prompts(path)[0] if os.path.exists(path) else ""
-
-
 def folder_source(folder, teacher):
-    """A folder's images, resized and center-cropped to the teacher's size."""
+    """A folder's images, resized and center-cropped to the teacher's size.
+
+    The caption of NAME.png is in NAME.txt beside it, or "".
+    """
     names, make, complain = folder_images(folder, "--real", teacher.spec.image)
     captions = None
     if teacher.text:
-        captions = teacher.conditions([caption_beside(name) for name in names])
+        paths = [os.path.splitext(name)[0] + ".txt" for name in names]
+        captions = teacher.conditions([read_prompts(path)[0] if os.path.exists(path) else ""
+                                       for path in paths])
     return Source(folder, len(names), make, captions, complain)
 
 
 def reconstruction(teacher, source, n, extractor, reference, batch, device):
-    """Rows for n images of a source, evenly spread, and for what the tokenizer makes of them.
+    """Rows for n images of a source (None: all), evenly spread, and for what becomes of them.
 
     Without a Reference the first row becomes one.
     """
+    n = n or source.n
     asked = torch.arange(source.n, device=device)[:: max(1, source.n // n)][:n]
     squares = []                                      # a sum of squared errors per batch
 

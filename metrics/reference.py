@@ -71,25 +71,10 @@ def npz_images(path):
         img = f.get("arr_0")
     if img is None:
         return None
-    if img.dtype != np.uint8 or img.ndim != 4 or img.shape[3] != 3:
+    if img.dtype != np.uint8 or img.shape[3:] != (3,):
         raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, got "
                         f"{img.dtype} {img.shape}")
     return torch.from_numpy(img).permute(0, 3, 1, 2)
-
-
-def with_neighbors(reference, path, extractor, device, batch):
-    """The reference of a file, with the features of the images in it, where it has some."""
-    img = npz_images(path)
-    if img is None:
-        return reference
-
-    def make(i, **_):
-        return img[i.cpu()]
-
-    every = torch.arange(len(img), device=device)
-    features = extracted(make, every, extractor, batch=batch, desc="arr_0").features
-    name = f"{reference.name}, neighbors: its {len(img):,} images"
-    return reference._replace(features=features, name=name)
 
 
 # --------------------------------------------------------------------------------- from a folder
@@ -100,9 +85,8 @@ def folder_reference(folder, extractor, device, batch):
     processes.
     """
     names, make, complain = folder_images(folder, "--real")
-    every = torch.arange(len(names), device=device)
-    real = extracted(make, every, extractor, batch=batch, desc=folder,
-                     every=math.ceil(len(names) / 10_000))
+    real = extracted(make, torch.arange(len(names), device=device), extractor, batch=batch,
+                     desc=folder, every=math.ceil(len(names) / 10_000))
     complain()
     files = [f"{os.path.relpath(name, folder)} {os.path.getsize(name)}" for name in names]
     digest = hashlib.sha256(os.fsencode("\n".join(files))).hexdigest()[:12]
@@ -110,20 +94,18 @@ def folder_reference(folder, extractor, device, batch):
     return Reference(real.mu, real.sigma, real.features, name)
 
 
-def save_reference(path, reference, made):
-    """Write a Reference as the .npz that `load_reference` reads."""
-    try:
-        with replacing(path) as f:
-            np.savez(f, mu=reference.mu, sigma=reference.sigma, made=made,
-                     features=reference.features.float().cpu().numpy())
-    except OSError as err:
-        raise UserError(f"--save_reference {path}: cannot write there ({err.strerror})")
-    print(f"{path}: {reference.name}, {made}")
-
-
 # --------------------------------------------------------------------- as the flags of evaluate.py say
 def check_sides(args):
     """Complain of flags that do not say one real side, before any model is read."""
+    if not (args.reference or args.real):
+        needs = ["fake", "save_reference"]
+        if not args.metrics:                          # with it, ImageNet's teachers have ADM's
+            needs += ["inception", "resize", "crop"]
+        for flag in needs:
+            if getattr(args, flag):
+                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference PATH.npz, "
+                                "or --real FOLDER")
+        return
     if args.reference and args.real and not args.reconstruction:
         raise UserError(f"--reference {args.reference} and --real {args.real} are both the real "
                         "side: give one")
@@ -135,10 +117,26 @@ def check_sides(args):
                         "add --real FOLDER")
 
 
-def inception(args, device):
+def with_neighbors(reference, path, metrics, extractor, device, batch):
+    """The reference of a file; where it has no features, with those of the images in it."""
+    if reference.features is not None or "prdc" not in (metrics or METRICS):
+        return reference
+    img = npz_images(path)
+    if img is not None:
+        real = extracted(lambda i, **_: img[i.cpu()], torch.arange(len(img), device=device),
+                         extractor, batch=batch, desc="arr_0")
+        name = f"{reference.name}, neighbors: its {len(img):,} images"
+        return reference._replace(features=real.features, name=name)
+    if metrics:
+        raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor "
+                        "features: take --reference adm, or --real FOLDER")
+    return reference
+
+
+def inception(args, mode, device):
     """Inception as the flags say, and what rows say of it."""
     random = args.random_weights and not args.inception
-    weights, mode = args.inception or "plain", args.resize or RESIZES[0]
+    weights = args.inception or "plain"
     net = load_inception(weights, mode, args.crop, device, random)
     net.facts = dict(resize=mode, crop="coco_crop to 256 px" if args.crop else None,
                      features="fp32", inception="random" if random else os.path.basename(weights))
@@ -153,31 +151,23 @@ def load_feature_space(args, device):
     With --reconstruction, --real has the images themselves: without --reference they are their own
     real side, and the Reference is None.
     """
-    if not (args.reference or args.real):
-        needs = ["fake", "save_reference"]
-        if not args.metrics:                          # ImageNet's teachers will have --reference adm
-            needs += ["inception", "resize", "crop"]
-        for flag in needs:
-            if getattr(args, flag):
-                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference PATH.npz, "
-                                "or --real FOLDER")
-        return None
     check_sides(args)
-    made = f"resize {args.resize or RESIZES[0]}, {'coco_crop' if args.crop else 'no crop'}"
-    path, reference, batch = args.reference, None, args.batch or 64
-    if path:
-        path = download(ADM, None, "--reference") if path == "adm" else path
+    if not (args.reference or args.real):
+        return None
+    mode, batch = args.resize or RESIZES[0], args.batch or 64
+    made = f"resize {mode}, {'coco_crop' if args.crop else 'no crop'}"
+    if args.reference:                                # first: it is read faster than Inception
+        path = download(ADM, None, "--reference") if args.reference == "adm" else args.reference
         reference = load_reference(path, Inception.dim, device, made)
-    net = inception(args, device)
-    if reference is None and args.reconstruction:
+    net = inception(args, mode, device)
+    if args.reference:
+        return net, with_neighbors(reference, path, args.metrics, net, device, batch)
+    if args.reconstruction:
         return net, None
-    if reference is None:
-        reference = folder_reference(args.real, net, device, batch)
-    if reference.features is None and "prdc" in (args.metrics or METRICS):
-        reference = with_neighbors(reference, path, net, device, batch)
-    if reference.features is None and "prdc" in (args.metrics or ()):
-        raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor "
-                        "features: take --reference adm, or --real FOLDER")
+    reference = folder_reference(args.real, net, device, batch)
     if args.save_reference and is_main():
-        save_reference(args.save_reference, reference, made)
+        with replacing(args.save_reference) as f:
+            np.savez(f, mu=reference.mu, sigma=reference.sigma, made=made,
+                     features=reference.features.float().cpu().numpy())
+        print(f"{args.save_reference}: {reference.name}, {made}")
     return net, reference

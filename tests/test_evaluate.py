@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -245,6 +246,14 @@ def test_what_cannot_be_evaluated_is_refused_and_the_words_say_what(flags, tmp_p
     assert flags.split()[1] in said
 
 
+def test_the_script_ends_with_code_2_and_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--n", "9", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(os.path.join(ROOT, "evaluate.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "evaluate.py: --n 9: statistics need 10 images at least\n"
+
+
 REFUSED = [
     ("--metrics fid --teacher maskgit-tiny",
      "--metrics fid of maskgit-tiny needs --reference PATH.npz"),
@@ -457,30 +466,20 @@ def test_one_two_and_four_processes_give_the_same_numbers_and_the_same_complaint
     assert len(set(complaints)) == 1 and "1 of 24 images cannot be read" in complaints[0]
 
 
-def test_two_real_processes_measure_what_one_does_and_a_refusal_is_a_sentence(tmp_path):
-    def start(*flags, **env):
-        script = os.path.join(ROOT, "evaluate.py")
-        return subprocess.Popen([sys.executable, script, "--random_weights", "--device", "cpu", *flags],
-                                env=dict(os.environ, OMP_NUM_THREADS="1", **env), text=True,
-                                stderr=subprocess.PIPE)
-
-    flags = "--steps 2 --n 50 --batch 15 --out".split()
-    group = dict(WORLD_SIZE="2", MASTER_ADDR="localhost",
+def test_two_real_processes_measure_what_one_does(tmp_path):
+    flags = ["--steps", "2", "--n", "50", "--batch", "15"]
+    line = [sys.executable, os.path.join(ROOT, "evaluate.py"), *flags, "--random_weights",
+            "--device", "cpu", "--out", str(tmp_path / "two")]
+    group = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1",
                  MASTER_PORT=str(20000 + os.getpid() % 20000))
-    runs = [start(*flags, str(tmp_path / "1"))]
-    for r in "01":
-        runs.append(start(*flags, str(tmp_path / "2"), RANK=r, LOCAL_RANK=r, **group))
-    refused = start("--n", "9", "--out", str(tmp_path / "3"))
-    for run in runs:
-        assert (run.communicate(timeout=120), run.returncode)[1] == 0
-    said = refused.communicate(timeout=120)[1]
-    assert refused.returncode == 2 and "Traceback" not in said and "--n 9" in said
-
-    one, two = (json.loads((tmp_path / d / "results.jsonl").read_text()) for d in "12")
+    started = [subprocess.Popen(line, env=dict(group, RANK=r, LOCAL_RANK=r)) for r in "01"]
+    one, = command(tmp_path, *flags)
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    two = json.loads((tmp_path / "two" / "results.jsonl").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     for key in ("is_std", *NUMBERS):
         assert one[key] == pytest.approx(two[key], rel=1e-6), key
-    assert (tmp_path / "2" / "sheet.png").stat().st_size > 1000
+    assert (tmp_path / "two" / "sheet.png").stat().st_size > 1000
 
 
 # ------------------------------------------------------------------------------- sheets and tables
