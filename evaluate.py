@@ -118,7 +118,8 @@ def models(args, device):
         for key in ("init_ratio", "noise"):
             given = getattr(args, key)
             start[key] = settings[key] if given is None else given
-        facts = dict(model=f"student {path}", kind="student", weights=fingerprint(net), steps=1)
+        facts = dict(model=f"student {path}", kind="student",
+                     weights=fingerprint(net), steps=1)
         for temperature in args.temperature or [settings["temperature"]]:
             how = dict(temperature=temperature, **start)
             draw = functools.partial(generate_student, teacher, net, **how)
@@ -127,12 +128,15 @@ def models(args, device):
     if not args.steps and (args.ckpt or args.reconstruction):
         return
     teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
-    usual = [1, 2, 4, 8, 16] if teacher.spec.record else [next(iter(teacher.spec.sampling))]
+    usual = list(teacher.spec.sampling)[:1]
+    if teacher.spec.record:                           # a tiny one, fast enough for several
+        usual = [1, 2, 4, 8, 16]
     given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
     for steps in args.steps or usual:
         how = dict(steps=steps, order=args.order)
         settings = teacher.spec.settings(steps, **given)
-        facts = dict(model="teacher", kind="teacher", **how, **settings, **hashes(teacher))
+        facts = dict(model="teacher", kind="teacher",
+                     **how, **settings, **hashes(teacher))
         draw = functools.partial(generate_teacher, teacher, **how, **given)
         yield Model(teacher, draw, facts, {})
 
@@ -147,9 +151,14 @@ class Judge(NamedTuple):
     labels: str                   # the same in words
 
 
+def named(args):
+    """The metrics of images that --metrics names, without the benchmarks."""
+    return [name for name in METRICS if name in (args.metrics or ())]
+
+
 def imagenet_space(args, spec, device):
     """--metrics of an ImageNet teacher take Inception and ADM's statistics; of another, None."""
-    if not args.metrics or spec.classes != 1000 or spec.image[1] != 256:
+    if not named(args) or spec.classes != 1000 or spec.image[1] != 256:
         return None
     args.reference = "adm"
     return load_feature_space(args, device)
@@ -160,7 +169,7 @@ def image_judge(args, teacher, space, folder, device):
     spec = teacher.spec
     extractor, reference = space or load_extractor(spec, device)
     if args.metrics and extractor is None:
-        raise UserError(f"--metrics {' '.join(args.metrics)} of {spec.name} needs --reference "
+        raise UserError(f"--metrics {' '.join(named(args))} of {spec.name} needs --reference "
                         "PATH.npz (adm: ADM's of ImageNet), or --real FOLDER")
     world_judge = None if extractor else load_judge(teacher, device)
     if not (extractor or world_judge) and is_main():
@@ -191,7 +200,7 @@ def judges(args, model, space, benchmarks, device):
     """One Judge at a time: of images as such, then the benchmarks, with prompts of their own."""
     teacher = model.teacher
     name = re.sub(r"[^\w.]+", "-", f"{teacher.spec.name} {model.caption}")
-    if not benchmarks or {*METRICS} & {*(args.metrics or ())}:
+    if not benchmarks or named(args):
         folder = os.path.join(args.out, "images", name) if args.save_images else None
         yield image_judge(args, teacher, space, folder, device)
     for (task, benchmark), path in zip(benchmarks.items(), args.metadata or ()):
@@ -208,10 +217,12 @@ def judges(args, model, space, benchmarks, device):
 def fake_row(args, space, device):
     """The row of --fake: whatever has drawn them."""
     names, make, complain = folder_images(args.fake, "--fake")
-    row = image_metrics(make, torch.arange(len(names), device=device), *space, args.batch or 64,
-                        desc=args.fake, metrics=args.metrics or METRICS)
+    asked = torch.arange(len(names), device=device)
+    row = image_metrics(make, asked, *space, batch=args.batch or 64, desc=args.fake,
+                        metrics=args.metrics or METRICS)
     complain()
-    return {"model": args.fake, "kind": "folder", **row, "seed": None, "pixels": "as they are"}
+    return {"model": args.fake, "kind": "folder", **row,
+            "seed": None, "pixels": "as they are"}
 
 
 def reconstruction_rows(args, space, device):
@@ -224,9 +235,10 @@ def reconstruction_rows(args, space, device):
     if args.real:
         sources, n = [folder_source(args.real, teacher)], args.n
     else:
-        splits = {split: torch.from_numpy(load_images(split)[0]) for split in ("train", "t10k")}
-        sources = [Source(split, len(img), img.__getitem__) for split, img in splits.items()]
-        n = args.n or 5000
+        sources, n = [], args.n or 5000
+        for split in ("train", "t10k"):
+            img = torch.from_numpy(load_images(split)[0])
+            sources.append(Source(split, len(img), img.__getitem__))
     batch = batch_size(args, teacher)
     for source in sources:
         for row in reconstruction(teacher, source, n, extractor, reference, batch, device):
@@ -235,6 +247,7 @@ def reconstruction_rows(args, space, device):
 
 # --------------------------------------------------------------------------------------- the page
 def batch_size(args, teacher):
+    """--batch, or as many images as have 16,384 tokens: 250 at most."""
     return args.batch or min(250, max(1, 2**14 // teacher.net.L))
 
 
@@ -256,7 +269,8 @@ def main(args):
     device = join_processes(args.device)
     os.makedirs(args.out, exist_ok=True)
     if args.export:
-        return export_student(args, device)
+        export_student(args, device)
+        return
     benchmarks = load_benchmarks(args, device, load_detector)
     space = load_feature_space(args, device)          # (Inception, real side), or None
     if args.save_reference:
@@ -273,7 +287,8 @@ def main(args):
             row["note"] = small_print(row)
         rows.append({**row, **system})
         if is_main():
-            line = json.dumps({**rows[-1], "time": time.strftime("%Y-%m-%d %H:%M:%S")})
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            line = json.dumps({**rows[-1], "time": now})
             with open(os.path.join(args.out, "results.jsonl"), "a") as f:
                 f.write(line + "\n")
 
@@ -293,18 +308,21 @@ def main(args):
         space = space or imagenet_space(args, spec, device)
         for judge in judges(args, model, space, benchmarks, device):
             with autocast(device.type, args.bf16):
-                row = judge.score(model.make_images, judge.n, batch=batch_size(args, teacher),
-                                  seed=args.seed, desc=model.caption)
+                row = judge.score(model.make_images, judge.n, seed=args.seed,
+                                  batch=batch_size(args, teacher), desc=model.caption)
             if spec.classes:
                 row["per_class"] = judge.n / spec.classes
-            row = {**model.facts, **row, "labels": judge.labels, "pixels": rounding(spec)}
+            row = {**model.facts, **row,
+                   "labels": judge.labels, "pixels": rounding(spec)}
             paper = published(row, model.config)
             if paper:
                 row["published"] = paper
             record(row)
-        shown = min(args.n or 10, 10 if spec.image[1] < 100 else 4)
+        most = 10 if spec.image[1] < 100 else 4
+        shown = min(args.n or most, most)
+        conditions = teacher.conditions(judge.prompts)
         with autocast(device.type, args.bf16):
-            img = fixed_sample(model.make_images, teacher.conditions(judge.prompts), shown, args.seed)
+            img = fixed_sample(model.make_images, conditions, shown, args.seed)
         strips.append((model.caption, img))
 
     # ------------------------------------------------------------------------ sheet and table
@@ -316,8 +334,9 @@ def main(args):
     ratios = [f"{row['model']}: PSNR {row['psnr']:.2f} dB" for row in rows if "psnr" in row]
     text = "\n".join([report(rows), *ratios])
     print(text)
-    for kind, content in (("md", text), ("json", json.dumps(rows, indent=1))):
-        with replacing(os.path.join(args.out, f"table.{kind}")) as f:
+    files = {"table.md": text, "table.json": json.dumps(rows, indent=1)}
+    for name, content in files.items():
+        with replacing(os.path.join(args.out, name)) as f:
             f.write(content.encode() + b"\n")
 
 
