@@ -1,13 +1,17 @@
-"""Pictures: tensors to files and sheets."""
+"""Pictures: uint8 tensors as PIL pictures, as a folder of files, as one labeled sheet."""
 
 import math
 import os
 import textwrap
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from machinery.errors import UserError
 from machinery.files import replacing
+
+GAP = 2                                               # pixels between the images of a sheet
+CAPTION = 16                                          # height of the line above a strip, in pixels
+WORDS = 26                                            # height of the two lines above an image
 
 
 def picture(pixels):
@@ -16,45 +20,49 @@ def picture(pixels):
 
 
 def save_images(folder, images, kind, **options):
-    """uint8 images (3, H, W) as <folder>/00000.<kind>, ... in a new folder: old ones in it would be judged, too."""
+    """Write uint8 images (C, H, W) as <folder>/00000.<kind>, ...; the folder must be new."""
     try:
         os.makedirs(folder)
     except OSError as err:
-        raise UserError(f"cannot make the folder {folder} ({err.strerror}): images go to a new one, lest they mix")
+        raise UserError(f"cannot make the folder {folder} ({err.strerror}): images go to a new one, "
+                        "since old images in it would be judged, too")
     for n, img in enumerate(images):
         picture(img).save(os.path.join(folder, f"{n:05d}.{kind}"), **options)
 
 
-def sheet(rows, path, scale=None, columns=None, words=None):
-    """A PNG of labeled rows: [(caption, uint8 images (n, C, H, W)), ...], wrapped after `columns` images.
+def sheet(strips, path, columns=None, words=None):
+    """Write a PNG of labeled strips [(caption, uint8 images (n, C, H, W)), ...], all of one size.
 
-    Pixels are enlarged `scale` times, never smoothed; by default small images become 96 px high, and ten fit a row.
-    words: what the images of every row were asked for, written over each.
+    Small images become 96 px high, by enlarging pixels and not by smoothing. A strip is wrapped
+    after `columns` images, by default after ten or 2048 px.
+    words: what the images of every strip were asked for, written above each.
     """
-    from PIL import ImageDraw, ImageFont
+    H, W = strips[0][1].shape[2:]
+    scale = max(1, 96 // H)
+    H, W = scale * H, scale * W
+    above = WORDS if words else 0
+    high, wide = H + GAP + above, W + GAP
+    most = max(len(images) for _, images in strips)
+    columns = min(most, columns or max(2, min(10, 2048 // wide)))
+    heights = [CAPTION + high * math.ceil(len(images) / columns) for _, images in strips]
 
-    H, W = rows[0][1].shape[2:]
-    scale, gap, caption = scale or max(1, 96 // H), 2, 16
-    over, font = 26 if words else 0, ImageFont.load_default(10)
-    high, wide = scale * H + gap + over, scale * W + gap
-    columns = min(columns or max(2, min(10, 2048 // wide)), max(len(img) for _, img in rows))
-    heights = [caption + high * math.ceil(len(img) / columns) for _, img in rows]
-    page = Image.new("RGB", (wide * columns + gap, sum(heights) + gap), "white")
-    draw, top = ImageDraw.Draw(page), 0
-    for (text, img), height in zip(rows, heights):
-        draw.text((gap + 1, top + 1), text, "black", ImageFont.load_default(12))
-        for i, pixels in enumerate(img):                                                      # (C, H, W)
-            tile = picture(pixels).resize((scale * W, scale * H), Image.Resampling.NEAREST)
-            x, y = gap + i % columns * wide, top + caption + i // columns * high
+    page = Image.new("RGB", (wide * columns + GAP, sum(heights) + GAP), "white")
+    draw = ImageDraw.Draw(page)
+    top = 0
+    for (caption, images), height in zip(strips, heights):
+        draw.text((GAP + 1, top + 1), caption, "black", font_size=12)
+        for i, pixels in enumerate(images):
+            x = GAP + i % columns * wide
+            y = top + CAPTION + i // columns * high
             if words:
-                lines = textwrap.wrap(words[i], max(8, scale * W // 6), max_lines=2, placeholder=" ...")
-                draw.multiline_text((x + 1, y), "\n".join(lines), "black", font, spacing=1)
-            page.paste(tile, (x, y + over))
+                text = textwrap.fill(words[i], max(8, W // 6), max_lines=2, placeholder=" ...")
+                draw.multiline_text((x + 1, y), text, "black", spacing=1, font_size=10)
+            page.paste(picture(pixels).resize((W, H), Image.Resampling.NEAREST), (x, y + above))
         top += height
     with replacing(path) as f:
         page.save(f, format="PNG", optimize=True)
 
 
 def spread(everything, n):
-    """n of them, in even steps, from the first on; some twice where there are fewer."""
+    """n of them, in even steps from the first on; some come twice where there are fewer."""
     return [everything[i * len(everything) // n] for i in range(n)]

@@ -1,8 +1,19 @@
-"""Images drawn batch by batch, over all processes, and what they are turned into."""
+"""Images drawn batch by batch, over all processes, and what they are turned into: features, scores.
+
+Batch i draws from a generator seeded by (seed, i), and whole batches go to the processes in turn.
+So the images, their order, and every number are the same on any number of processes. (They do
+depend on the size of a batch.)
+
+`asked` is what to draw: rows of teacher.conditions, one per image. `make_images` draws it:
+make_images(asked (b, ...), generator=, seconds=) -> uint8 images (b, C, H, W); bind everything else
+with functools.partial. An extractor maps images in [0, 1] to (features (b, dim), logits (b, classes)):
+FashionNet in the tiny world, Inception, with the resize inside it, everywhere else.
+"""
 
 import math
 import os
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,27 +23,76 @@ from machinery.pictures import picture, save_images
 from machinery.processes import all_reduce, barrier, is_main, rank, world_size
 
 
-class Moments:
-    """Mean and covariance of features that come in batches, on several processes, by float64 sums.
+# ---------------------------------------------------------------------------------------- drawing
+def in_turn(conditions, n):
+    """n rows of conditions, 0, 1, ..., then from the first again: each equally often."""
+    return conditions[torch.arange(n, device=conditions.device) % len(conditions)]
 
-    The sums run about `shift`, a point near the mean and the same on every process (here the reference's mean):
-    E[f f^T] - mu mu^T would lose digits where means are large against the spread.
+
+@torch.no_grad()
+def scored(make_images, asked, score, width, batch, seed, desc, folder=None, every=1):
+    """Draw all images and score them: (scores (n, width) float64, facts), the same on every process.
+
+    score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the speed
+    of all processes together, in images per second, with and without the decoder.
+    desc names the progress bar; without, there is none. folder: a new one, for the images as PNG.
+    every: the scores of each `every`-th image alone are kept, in order to save memory.
+    """
+    if folder and is_main():
+        save_images(folder, (), "png")
+    barrier()                                         # the others write into the folder, too
+    exact = dict(dtype=torch.float64, device=asked.device)
+    scores = torch.zeros(math.ceil(len(asked) / every), width, **exact)
+    seconds, timed = Counter(), 0
+    mine = range(rank(), math.ceil(len(asked) / batch), world_size())
+    for i in tqdm(mine, desc, unit="batch", leave=False, disable=not (desc and is_main())):
+        if i == rank() + world_size():                # the first batch only warmed everything up
+            seconds.clear()
+            timed = 0
+        part = slice(i * batch, (i + 1) * batch)
+        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
+        generator = torch.Generator(asked.device).manual_seed(own_seed)
+        img = make_images(asked[part], generator=generator, seconds=seconds)
+        timed += len(img)
+        if folder:
+            for n, pixels in enumerate(img, part.start):
+                picture(pixels).save(os.path.join(folder, f"{n:05d}.png"))
+        with torch.autocast(asked.device.type, enabled=False):
+            kept = score(part, img)[-part.start % every :: every]
+        start = math.ceil(part.start / every)
+        scores[start : start + len(kept)] = kept.to(scores)
+
+    rates = [timed / (s or math.inf) for s in (seconds.total(), seconds["tokens"])]
+    images, tokens = all_reduce(torch.tensor(rates, **exact)).tolist()
+    facts = {
+        "seed": seed, "batch": batch, "images/s": images or None,
+        "tokens_only/s": tokens or None, "processes": world_size(),
+    }
+    return all_reduce(scores), facts                  # a row is zero but on the process that made it
+
+
+# --------------------------------------------------------------------------------------- features
+class Moments:
+    """Mean and covariance of features that come in batches, on several processes.
+
+    The float64 sums run about `shift`, a point near the mean that all processes share (here the
+    reference's mean): E[f f^T] - mu mu^T loses digits where means are large against the spread.
     """
 
     def __init__(self, dim, shift=0.0, device="cpu"):
         self.shift = torch.as_tensor(shift, dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.count = self.shift.new_zeros(())
+        self.sum = self.shift.new_zeros(dim)
+        self.outer = self.shift.new_zeros(dim, dim)
 
     def add(self, f):
-        f = f.double() - self.shift                                                           # (B, dim)
+        f = f.double() - self.shift                   # (B, dim)
         self.count += len(f)
         self.sum += f.sum(0)
         self.outer += f.T @ f
 
     def result(self):
-        """mu (dim,) and the unbiased covariance (dim, dim) of what all processes have seen, as float64 arrays."""
+        """mu (dim,) and the unbiased covariance (dim, dim) over all processes, float64 arrays."""
         n, total, outer = (all_reduce(t.clone()) for t in (self.count, self.sum, self.outer))
         mean = total / n
         sigma = (outer - n * mean[:, None] * mean) / (n - 1)
@@ -43,73 +103,35 @@ class Moments:
 def extract(extractor, img):
     """(features, logits) of uint8 images (B, C, H, W), or of a list of them of unequal sizes.
 
-    In float32, without TF32, even where the caller generates under autocast.
+    In float32, without TF32; `scored` has switched autocast off.
     """
     device = next(extractor.parameters()).device
-    unit = lambda i: i.to(device).float() / 255
-    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return extractor([unit(i) for i in img] if isinstance(img, list) else unit(img))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        if isinstance(img, list):
+            return extractor([pixels.to(device).float() / 255 for pixels in img])
+        return extractor(img.to(device).float() / 255)
 
 
-def in_batches(make_images, rows, batch, seed, desc, facts, folder=None):
-    """The images of `rows`, batch by batch, this process's share of them: yields (slice, uint8 images).
+class Extracted(NamedTuple):
+    """What metrics need of a set of images, from all processes together."""
 
-    Batch i draws from a generator seeded by (seed, i), and whole batches go to processes in turn. At the end the
-    speed of all processes together is put into `facts`. folder: a new one, where they are written, as PNG.
-    """
-    if folder and is_main():
-        save_images(folder, (), "png")
-    if folder:
-        barrier()
-    device, seconds, timed = rows.device, Counter(), 0
-    me, world = rank(), world_size()
-    mine = range(me, math.ceil(len(rows) / batch), world)
-    for i in tqdm(mine, desc, unit="batch", disable=me > 0 or desc is None, leave=False, dynamic_ncols=True):
-        if i == me + world:                         # the first batch only warmed caches and kernels up
-            seconds.clear()
-            timed = 0
-        part = slice(i * batch, (i + 1) * batch)
-        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
-        generator = torch.Generator(device).manual_seed(own_seed)
-        img = make_images(rows[part], generator=generator, seconds=seconds)
-        timed += len(img)
-        for k, pixels in zip(range(len(rows))[part], img if folder else ()):
-            picture(pixels).save(os.path.join(folder, f"{k:05d}.png"))
-        yield part, img
-    rates = [timed / s if s else 0.0 for s in (seconds.total(), seconds["tokens"])]
-    rates = all_reduce(torch.tensor(rates, dtype=torch.float64, device=device)).tolist()
-    facts.update({"images/s": rates[0] or None, "tokens_only/s": rates[1] or None, "processes": world})
+    features: torch.Tensor        # (n, dim)
+    logits: torch.Tensor          # (n, classes)
+    mu: np.ndarray                # (dim,)
+    sigma: np.ndarray             # (dim, dim)
+    facts: dict                   # seed, batch and speed, for the row of results
 
 
-@torch.no_grad()
-def extracted(make_images, rows, extractor, shift=0.0, batch=250, seed=0, desc=None, folder=None, every=1):
-    """features (n, dim), logits (n, classes), mu, sigma, facts of the images of `rows`, of all processes together.
+def extracted(make_images, asked, extractor, shift=0.0, batch=250, seed=0, desc=None, folder=None,
+              every=1):
+    """The Extracted of all images; `every` thins features and logits, not mu and sigma."""
+    moments = Moments(extractor.dim, shift, asked.device)
 
-    every: features and logits of each `every`-th image alone are kept; mu and sigma are of all.
-    """
-    device, facts = rows.device, dict(seed=seed, batch=batch)
-    features, logits = (torch.zeros(math.ceil(len(rows) / every), width, device=device)
-                        for width in (extractor.dim, extractor.classes))
-    moments = Moments(extractor.dim, shift, device)
-    for part, img in in_batches(make_images, rows, batch, seed, desc, facts, folder):
-        f, z = extract(extractor, img)
-        moments.add(f)
-        i = torch.arange(len(rows), device=device)[part]
-        keep = i % every == 0
-        features[i[keep] // every], logits[i[keep] // every] = f[keep], z[keep]
-    return all_reduce(features), all_reduce(logits), *moments.result(), facts                 # else a row is zero
+    def score(part, img):
+        features, logits = extract(extractor, img)
+        moments.add(features)
+        return torch.cat([features, logits], 1)
 
-
-def scored(make_images, rows, score, width, batch, seed, desc):
-    """(scores (n, width) float64, facts) of the images of `rows`, where score(slice, uint8 images) -> (b, width)."""
-    scores = torch.zeros(len(rows), width, dtype=torch.float64, device=rows.device)
-    facts = dict(seed=seed, batch=batch)
-    for part, img in in_batches(make_images, rows, batch, seed, desc, facts):
-        with torch.autocast(img.device.type, enabled=False):
-            scores[part] = score(part, img).to(scores)
-    return all_reduce(scores), facts                  # each row is zero but on the process that made it
-
-
-def in_turn(conditions, n):
-    """n rows of conditions, 0, 1, ..., then from the first again: every class, or prompt, equally often."""
-    return conditions[torch.arange(n, device=conditions.device) % len(conditions)]
+    widths = extractor.dim, extractor.classes
+    both, facts = scored(make_images, asked, score, sum(widths), batch, seed, desc, folder, every)
+    return Extracted(*both.split(widths, 1), *moments.result(), facts)
