@@ -37,13 +37,19 @@ from worlds.training import fit, pixel_loss, ship, training_flags  # noqa: E402
 SPEC = SPECS["maskbit-tiny"]
 
 
+def photographs(split, device):
+    """(images uint8 (N, 1, 32, 32), labels (N,)) of a split, on the device."""
+    img, labels = map(torch.from_numpy, load_images(split))
+    return img.to(device), labels.long().to(device)
+
+
 # ------------------------------------------------------------------------------- the tokenizer
-def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
+def tokenizer_loss(tok, img):
     """Reconstruction of pixels and edges, commitment, and LFQ's entropy term.
 
     Each latent channel gives its bit a probability, sigmoid(4 z). Every position should be sure of
     its bits (low entropy of each), and the batch should use all codes (high entropy of the mean over
-    the joint 2^bits codes, which factorizes per position into the groups). Without the second term a
+    the joint 2^bits codes, which factorizes per position into the two groups). Without the second term a
     sign quantizer keeps a handful of codes.
     """
     z = tok.encoder(img).float()                                             # (B, bits, h, w)
@@ -52,19 +58,22 @@ def tokenizer_loss(tok, img, w_entropy=0.02, w_commit=0.02):
     recon = pixel_loss(out, img)
     commit = (z - sign).square().mean()
 
-    p = torch.sigmoid(4 * z).flatten(2).transpose(1, 2).reshape(-1, tok.bits)
-    p = p.clamp(1e-6, 1 - 1e-6)                                              # (N, bits)
+    p = torch.sigmoid(4 * z).clamp(1e-6, 1 - 1e-6)
+    p = p.flatten(2).transpose(1, 2).reshape(-1, tok.bits)                   # (N, bits)
     sure = -(p * p.log() + (1 - p) * (1 - p).log()).sum(1).mean()
-    n = tok.bits // tok.G                                                    # bits of a group
-    on = (bits_of(torch.arange(tok.V, device=p.device), n) > 0).float()      # (V, n)
-    groups = [(q.log() @ on.T + (1 - q).log() @ (1 - on).T).exp() for q in p.split(n, 1)]
-    if tok.G == 2:
-        joint = groups[0].T @ groups[1] / len(p)                             # (V, V)
-    else:
-        joint = groups[0].mean(0)
+    n = tok.bits // 2
+    on = bits_of(torch.arange(tok.V, device=p.device), n) > 0                # (V, n)
+    on = on.float()
+
+    def of_codes(q):
+        """Probabilities of a group's bits (N, n) -> of its codes (N, V)."""
+        return (q.log() @ on.T + (1 - q).log() @ (1 - on).T).exp()
+
+    first, second = map(of_codes, p.split(n, 1))
+    joint = first.T @ second / len(p)                                        # (V, V)
     used = -(joint * (joint + 1e-12).log()).sum()
-    loss = recon + w_commit * commit + w_entropy * (sure - used)
-    return loss, dict(recon=recon.detach(), sure=sure.detach(), used=used.detach())
+    loss = recon + 0.02 * commit + 0.02 * (sure - used)
+    return loss, dict(recon=recon, sure=sure, used=used)
 
 
 @torch.no_grad()
@@ -79,21 +88,23 @@ def codebook_report(tok, img):
         shift = torch.arange(tok.G) * (tok.bits // tok.G)
         count += torch.bincount((x << shift).sum(-1).flatten(), minlength=codes)
     p = count / count.sum()
-    return dict(psnr=-10 * math.log10(error / img.numel()), codes_used=int((count > 0).sum()),
-                codes=codes, perplexity=math.exp(-(p * (p + 1e-12).log()).sum()))
+    entropy = -(p * (p + 1e-12).log()).sum()
+    psnr = -10 * math.log10(error / img.numel())
+    codes_used = int((count > 0).sum())
+    return dict(psnr=psnr, codes_used=codes_used, codes=codes, perplexity=math.exp(entropy))
 
 
 def train_tokenizer(args, start):
-    img = torch.from_numpy(load_images()[0])
-    model = BitTokenizer(**SPEC.tokenizer).to(args.device, memory_format=torch.channels_last)
+    img, _ = photographs("train", args.device)
+    model = BitTokenizer(**SPEC.tokenizer)
+    model.to(args.device, memory_format=torch.channels_last)
 
     def loss_fn():
-        i = torch.randint(len(img), (args.batch,))
-        part = img[i].to(args.device).float() / 255
+        part = img[torch.randint(len(img), (args.batch,))].float() / 255
         return tokenizer_loss(model, part.contiguous(memory_format=torch.channels_last))
 
     def report():
-        test = torch.from_numpy(load_images("t10k")[0])
+        test, _ = photographs("t10k", "cpu")
         return codebook_report(model.float().cpu(), test)
 
     model = fit(model, loss_fn, args)
@@ -101,34 +112,40 @@ def train_tokenizer(args, start):
 
 
 # ------------------------------------------------------------------------------- the teacher
-def mdm_loss(net, x, labels, dropout_label=0.1):
-    """Eq. 1 as MaskBit trains: label-smoothed cross-entropy over all units, each masked with its image's ratio."""
-    ratio = mask_ratio(torch.rand(len(x), device=x.device), "arccos")
-    x_t = torch.where(torch.rand(x.shape, device=x.device) < ratio[:, None, None], net.V, x)
-    dropped = torch.rand(len(x), device=x.device) < dropout_label
+def mdm_loss(net, x, labels):
+    """Eq. 1 as MaskBit trains: label-smoothed cross-entropy over all units, masked or not.
+
+    Each image has a mask ratio of its own; a tenth of the labels are left out, for guidance.
+    """
+    B, device = len(x), x.device
+    ratio = mask_ratio(torch.rand(B, device=device), "arccos")
+    mask = torch.rand(x.shape, device=device) < ratio[:, None, None]
+    x_t = torch.where(mask, net.V, x)
+    dropped = torch.rand(B, device=device) < 0.1
     cond = torch.where(dropped, net.classes, labels)
     z = net(embed_tokens(x_t, *net.tables()), (cond,))
-    ce = F.cross_entropy(z.flatten(0, 2), x.flatten(), reduction="none", label_smoothing=0.1)
+    ce = F.cross_entropy(z.flatten(0, 2), x.flatten(),
+                         reduction="none", label_smoothing=0.1)
     masked = (x_t == net.V).flatten()
-    of_masked = (ce.detach() * masked).sum() / masked.sum()
-    return ce.mean(), dict(all=ce.detach().mean(), masked=of_masked)
+    return ce.mean(), dict(all=ce.mean(), masked=(ce * masked).sum() / masked.sum())
 
 
 def train_mdm(args, start):
     with np.load(f"{ASSETS}/tokens.npz") as f:
-        x, labels = (torch.from_numpy(f[name]).long() for name in ("tokens", "labels"))
+        x = torch.from_numpy(f["tokens"]).long().to(args.device)
+        labels = torch.from_numpy(f["labels"]).long().to(args.device)
     model = MaskBit(**SPEC.net, dropout=args.dropout).to(args.device)
 
     def loss_fn():
         i = torch.randint(len(x), (args.batch,))
-        return mdm_loss(model, x[i].to(args.device), labels[i].to(args.device))
+        return mdm_loss(model, x[i], labels[i])
 
     ship(fit(model, loss_fn, args), f"{ASSETS}/teacher.safetensors", args, start)
 
 
 # ----------------------------------------------------------------- the classifier and its statistics
 def classify(img, labels, args):
-    """A FashionNet trained on uint8 images and labels."""
+    """A FashionNet trained on uint8 images and their labels."""
     net = FashionNet().to(args.device)
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     bar = tqdm(range(args.steps), "classifier", mininterval=2)
@@ -137,9 +154,10 @@ def classify(img, labels, args):
         if k == 0:                                                           # a new epoch
             order = torch.randperm(len(img)).split(args.batch)
         decay = (1.01 + 0.99 * math.cos(math.pi * n / args.steps)) / 2
-        opt.param_groups[0]["lr"] = args.lr * min(1, (n + 1) / 100) * decay
-        z = net(img[order[k]].to(args.device).float() / 255)[1]
-        loss = F.cross_entropy(z, labels[order[k]].to(args.device).long())
+        warmup = min(1, (n + 1) / 100)
+        opt.param_groups[0]["lr"] = args.lr * warmup * decay
+        _, z = net(img[order[k]].float() / 255)
+        loss = F.cross_entropy(z, labels[order[k]])
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -150,8 +168,8 @@ def classify(img, labels, args):
 
 def train_classifier(args, start):
     """Train FashionNet, then write its weights, the training set's statistics, and a record of both."""
-    img, labels, test, test_labels = (
-        torch.from_numpy(array) for split in ("train", "t10k") for array in load_images(split))
+    img, labels = photographs("train", args.device)
+    test, test_labels = photographs("t10k", args.device)
     net = classify(img, labels, args)
     net.half().float().eval().requires_grad_(False)    # the statistics are the shipped weights'
     features = torch.cat([extract(net, part)[0] for part in img.split(500)])
@@ -160,17 +178,18 @@ def train_classifier(args, start):
     mu, sigma = moments.result()
     some = features[:: len(img) // 5000].half().cpu().numpy()                # (5000, dim)
     with replacing(f"{ASSETS}/reference.npz") as f:
-        write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
+        write_packed(f, mu=mu, sigma=sigma.astype(np.float32),
+                     n=len(img), features=some)
 
     def report():
         """What the metric says of real images that it was not made from: the floor of all numbers."""
         net, reference = load_extractor(SPEC, args.device)
-        shown, asked = test.to(args.device), torch.arange(len(test), device=args.device)
-        guess = torch.cat([extract(net, part)[1].argmax(1) for part in shown.split(500)])
-        right = (guess.cpu() == test_labels).double().mean().item()
-        row = image_metrics(lambda i, **_: shown[i], asked, net, reference)
-        return dict(n=len(img), n_features=len(some), dim=net.dim, test_accuracy=right,
-                    test_images=row)
+        guess = torch.cat([extract(net, part)[1].argmax(1) for part in test.split(500)])
+        right = (guess == test_labels).double().mean().item()
+        every = torch.arange(len(test), device=args.device)
+        row = image_metrics(lambda i, **_: test[i], every, net, reference)
+        return dict(n=len(img), n_features=len(some), dim=net.dim,
+                    test_accuracy=right, test_images=row)
 
     ship(net, f"{ASSETS}/classifier.safetensors", args, start, report)
 

@@ -55,12 +55,14 @@ def random_rows(args):
 # ------------------------------------------------------------------------------- the tokenizer
 def patches(img):
     """Pictures (n, 3, H, W) -> their patches (n, L, 3 CELL^2), row by row."""
-    cells = img.unflatten(3, (-1, CELL)).unflatten(2, (-1, CELL))            # (n, 3, h, CELL, w, CELL)
-    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    img = img.unflatten(3, (-1, CELL))
+    img = img.unflatten(2, (-1, CELL))                                       # (n, 3, h, CELL, w, CELL)
+    img = img.permute(0, 2, 4, 1, 3, 5)
+    return img.flatten(3).flatten(1, 2)
 
 
-def code_patches(img, V, width, seed=0):
-    """(centers (V, 3 CELL^2) of the patches of pictures in [0, 1], codes (V, width) that stand for them).
+def code_patches(img, V, width, seed):
+    """Of pictures in [0, 1] (centers (V, 3 CELL^2) of their patches, codes (V, width) for these).
 
     k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground; a code
     is its center's leading components. # choice: the codebook is not learned with the encoder. When
@@ -69,28 +71,30 @@ def code_patches(img, V, width, seed=0):
     To a teacher that is noise, and it learned little else.
     """
     seen = patches(img).flatten(0, 1).unique(dim=0)
-    centers = torch.from_numpy(kmeans2(seen.numpy(), V, minit="++", seed=seed)[0])
+    centers, _ = kmeans2(seen.numpy(), V, minit="++", seed=seed)
+    centers = torch.from_numpy(centers)
     about_mean = centers - centers.mean(0)
-    axes = torch.linalg.svd(about_mean, full_matrices=False)[2][:width]
-    return centers, about_mean @ axes.T
+    _, _, axes = torch.linalg.svd(about_mean, full_matrices=False)
+    return centers, about_mean @ axes[:width].T
 
 
 def tokenizer_loss(tok, centers, img):
-    """The encoder learns the right code of each patch, the decoder to draw pictures from right codes."""
+    """The encoder learns each patch's right code, the decoder to draw pictures from right codes."""
     x = torch.cdist(patches(img), centers).argmin(-1)                        # (B, L)
     codes = tok.codebook.weight[x]                                           # (B, L, embed)
     z = tok.latents(img).float().flatten(2).transpose(1, 2)
     recon = pixel_loss(tok.pixels(codes).float(), img)
     miss = (z - codes).square().mean()
     right = (tok.nearest(z) == x).float().mean()
-    return recon + 5 * miss, dict(recon=recon.detach(), right=right)
+    return recon + 5 * miss, dict(recon=recon, right=right)
 
 
 def train_tokenizer(args):
     img = torch.from_numpy(scenes(args.n, SEED).img)
     model = SPEC.Tokenizer(**SPEC.tokenizer).to(memory_format=torch.channels_last)
-    width = model.codebook.weight.shape[1]
-    centers, codes = code_patches(img[:3000].float() / 255, model.V, width, args.seed)
+    some = img[:3000].float() / 255
+    width = SPEC.tokenizer["embed"]
+    centers, codes = code_patches(some, model.V, width, args.seed)
     model.codebook.weight = nn.Parameter(codes, requires_grad=False)
 
     def loss_fn():
@@ -103,7 +107,10 @@ def train_tokenizer(args):
 
 # -------------------------------------------------------------------------------------- CLIP
 def clip_loss(model, img, ids, same):
-    """CLIP's loss, but pictures of one caption are each other's right answers: same (B, B) is true there."""
+    """CLIP's loss, but pictures of one caption are each other's right answers.
+
+    same (B, B) is true where captions are.
+    """
     f = F.normalize(model.encode_image(img).float(), dim=-1)
     g = F.normalize(model.encode_text(ids).float(), dim=-1)
     z = model.logit_scale.exp().clamp(max=100) * f @ g.T                     # (B, B), image by caption
@@ -111,8 +118,8 @@ def clip_loss(model, img, ids, same):
     of_image = (target * z.log_softmax(1)).sum(1).mean()
     of_caption = (target * z.log_softmax(0)).sum(0).mean()
     loss = -of_image / 2 - of_caption / 2
-    right = same[torch.arange(len(z)), z.argmax(1)].float().mean()
-    return loss, dict(loss=loss.detach(), right=right)
+    right = same.gather(1, z.argmax(1, keepdim=True))
+    return loss, dict(loss=loss, right=right.float().mean())
 
 
 def train_clip(args):
@@ -121,13 +128,13 @@ def train_clip(args):
     prompts, which = np.unique(drawn.prompts, return_inverse=True)
     which = torch.from_numpy(which)                                          # picture -> prompt
     model = CLIP(**SHAPES_CLIP)
-    vocabulary = SHAPES_CLIP["text_cfg"]["vocab_size"]
-    ids = clip_ids(prompts.tolist(), 16, vocabulary, pads_with_bang=True)
+    ids = clip_ids(prompts.tolist(), model.context_length, model.vocab_size,
+                   pads_with_bang=True)
 
     def words(i):
         """What the caption of scene i speaks of, in any order."""
         include = drawn.metas[i]["include"]
-        return sorted(c.get(key, "") for c in include for key in ("class", "color"))
+        return sorted([c["class"] for c in include] + [c.get("color", "") for c in include])
 
     neighbors = torch.tensor(sorted(range(args.n), key=words))               # same words, side by side
 
@@ -136,7 +143,8 @@ def train_clip(args):
         near = i + torch.randint(-40, 41, i.shape)
         i = neighbors[torch.cat([i, near]) % args.n]
         pixels = (img[i].float() / 255 - 0.45) / 0.27
-        return clip_loss(model, pixels, ids[which[i]], which[i] == which[i, None])
+        prompt = which[i]
+        return clip_loss(model, pixels, ids[prompt], prompt == prompt[:, None])
 
     return fit(model, loss_fn, args)
 
@@ -150,31 +158,38 @@ def teacher_loss(net, x, cond):
     tell it either.
     # choice: no label smoothing. A tenth of the mass on wrong tokens is a stray patch in most pictures.
     """
-    mask = exact_mask(mask_ratio(torch.rand(len(x)), "cosine"), torch.rand(x.shape))
-    drop = torch.rand(len(x)) < 0.1
+    B = len(x)
+    ratio = mask_ratio(torch.rand(B), "cosine")
+    mask = exact_mask(ratio, torch.rand(x.shape))
+    drop = torch.rand(B) < 0.1
     for c, null in zip(cond, net.null(cond)):
         c[drop] = null[drop]
-    *cond, t = cond
-    t = torch.randint(64, t.shape) * (torch.rand(t.shape) < 0.5).float()
-    z = net(embed_tokens(x.masked_fill(mask, net.V), *net.tables()), (*cond, t))
+    *cond, _ = cond
+    step = torch.randint(64, (B,))
+    t = step * (torch.rand(B) < 0.5).float()
+    x_t = x.masked_fill(mask, net.V)
+    z = net(embed_tokens(x_t, *net.tables()), (*cond, t))
     scored = x.masked_fill(~mask, -100)                                      # -100: not scored
     loss = F.cross_entropy(z.flatten(0, 2), scored.flatten())
-    return loss, dict(masked=loss.detach())
+    return loss, dict(masked=loss)
 
 
 def train_teacher(args):
     drawn = scenes(args.n, SEED)
     prompts, which = np.unique(drawn.prompts, return_inverse=True)
     which = torch.from_numpy(which)
-    tokenizer, text = build(SPEC, "tokenizer").eval(), build(SPEC, "text").eval()
+    tokenizer = build(SPEC, "tokenizer").eval()
+    text = build(SPEC, "text").eval()
     model = build(SPEC, "net") if args.go_on else SPEC.Net(**SPEC.net)
 
     def condition(prompts):
         return model.condition(*text(text.tokenize(prompts)))
 
+    def encode(img):
+        return tokenizer.encode(img.float() / 255)
+
     with torch.no_grad():
-        pixels = torch.from_numpy(drawn.img)
-        x = in_parts(lambda part: tokenizer.encode(part.float() / 255), pixels, "tokens")
+        x = in_parts(encode, torch.from_numpy(drawn.img), "tokens")
         features = condition(prompts.tolist())
         model.null_text, model.null_pooled = condition([SPEC.negative])[:2]
     net = torch.compile(model) if args.compile else model
@@ -195,27 +210,31 @@ def spoiled(e):
     """
     B, side = len(e), round(e.shape[1] ** 0.5)
 
-    def stripe():
+    def stripe(low, size):
         """(B, side): some rows or columns that follow each other."""
-        low, size = torch.randint(side - 2, (B, 1)), torch.randint(1, 6, (B, 1))
         at = torch.arange(side)
         return (low <= at) & (at < low + size)
 
-    rows, columns = stripe(), stripe()
+    def half(*shape):
+        """True in half of the pictures."""
+        return torch.rand(B, *shape) < 0.5
+
+    rows = stripe(torch.randint(side - 2, (B, 1)), torch.randint(1, 6, (B, 1)))
+    columns = stripe(torch.randint(side - 2, (B, 1)), torch.randint(1, 6, (B, 1)))
     rectangle = rows[:, :, None] & columns[:, None]
     dots = torch.rand(B, side, side) < 0.3 * torch.rand(B, 1, 1)
-    change = torch.where(torch.rand(B, 1, 1) < 0.5, rectangle, dots)[..., None]
+    change = torch.where(half(1, 1), rectangle, dots)[..., None]
 
     e = e.unflatten(1, (side, side))                                         # (B, side, side, d)
     down, right = torch.randint(side, (2,)).tolist()
     other = e.roll((1, down, right), (0, 1, 2))
-    share = torch.where(torch.rand(B, 1, 1, 1) < 0.5, 1.0, torch.rand(B, 1, 1, 1))
+    share = torch.where(half(1, 1, 1), 1.0, torch.rand(B, 1, 1, 1))
     return torch.lerp(e, other, change * share).flatten(1, 2)
 
 
 @torch.no_grad()
 def drawings(img, touching, prompts, some):
-    """(good, worse), uint8 like img: pictures through the tokenizer, and for each one that fits its prompt less.
+    """(good, worse), uint8 like img: pictures through the tokenizer, and for each a worse one of its prompt.
 
     The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps. Of the next
     `some` objects touch, where there are several (`touching`, uint8 like img). Others are spoiled.
@@ -224,28 +243,35 @@ def drawings(img, touching, prompts, some):
     tokenizer = teacher.tokenizer
 
     def embed(img):
-        return embed_tokens(tokenizer.encode(img.float() / 255), *tokenizer.tables())
+        x = tokenizer.encode(img.float() / 255)
+        return embed_tokens(x, *tokenizer.tables())
 
     def pixels(e):
         return to_bytes(tokenizer.decode(e, clamp=True), SPEC)
 
     e = in_parts(embed, img, "tokens")
-    draw = [functools.partial(generate_teacher, teacher, steps=steps) for steps in (1, 4, 8)]
+    draw = []
+    for steps in (1, 4, 8):
+        draw.append(functools.partial(generate_teacher, teacher, steps=steps))
     draw += 3 * [functools.partial(generate_student, teacher, theta_0, **SPEC.student)]
-    asked = teacher.conditions(prompts[:some]).split(100)
-    worse = [draw[i % 6](part) for i, part in enumerate(tqdm(asked, "drawn"))]
+    worse = []
+    asked = teacher.conditions(prompts[:some])
+    for i, part in enumerate(tqdm(asked.split(100), "drawn")):
+        worse.append(draw[i % 6](part))
 
     e_worse = spoiled(e[some:])
-    merged = (touching != img).flatten(1).any(1)                             # where there are several
+    merged = (touching != img).flatten(1).any(1)                             # there are several
     merged[2 * some:] = False
-    e_worse[merged[some:]] = in_parts(embed, touching[some:][merged[some:]], "touching")
+    merged, touching = merged[some:], touching[some:]
+    e_worse[merged] = in_parts(embed, touching[merged], "touching")
     worse.append(in_parts(pixels, e_worse, "worse"))
     return in_parts(pixels, e, "good"), torch.cat(worse)
 
 
 def grid_code(side, width):
-    """Sines and cosines of a patch's column and row, an eighth of a turn over the picture up to two: (side^2, width).
+    """(side^2, width): sines and cosines of a patch's column and row.
 
+    They make an eighth of a turn over the picture up to two.
     # choice: where the image tower starts to learn positions, instead of noise of 0.02. From noise it
     had not learned in 7,500 steps what left and above mean; from these, once it knows colors and
     shapes, in 400.
@@ -253,23 +279,28 @@ def grid_code(side, width):
     turns = 2 ** torch.linspace(-3, 1, width // 4)
     angle = torch.outer(torch.arange(side) / side, 2 * math.pi * turns)
     code = 0.5 * torch.cat([angle.sin(), angle.cos()], 1)                    # (side, width / 2)
-    return torch.cat([code.repeat(side, 1), code.repeat_interleave(side, 0)], 1)
+    columns, rows = code.repeat(side, 1), code.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], 1)
 
 
 def imagereward_loss(model, good, worse, ids, wrong):
-    """ImageReward's loss, -log sigmoid(r_better - r_worse): of two captions of a picture, of two pictures of a caption.
+    """ImageReward's loss, -log sigmoid(r_better - r_worse), of two kinds of pairs.
 
-    good, worse (B, 3, H, W) uint8; ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
+    They are two captions of a picture, and two pictures of a caption: good, worse (B, 3, H, W) uint8;
+    ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
     """
     pixels = torch.cat([good, worse]).float() / 255
     seen, seen_worse = model.see(preprocess(pixels, model.size)).chunk(2)
     pictures = [seen] * (1 + len(wrong)) + [seen_worse]
-    r = model.raw(torch.cat(pictures), torch.cat([ids, *wrong, ids]))
-    r = r.unflatten(0, (len(pictures), -1))                                  # (K + 2, B)
+    captions = [ids, *wrong, ids]
+    r = model.raw(torch.cat(pictures), torch.cat(captions))
+    r = r.unflatten(0, (len(captions), -1))                                  # (K + 2, B)
     r, r_wrong, r_worse = r[0], r[1:-1], r[-1]
     size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()                 # pairs leave the zero free
-    loss = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean() + 1e-3 * size
-    return loss, dict(caption=(r > r_wrong).float().mean(), picture=(r > r_worse).float().mean())
+    ranks = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean()
+    right = dict(caption=(r > r_wrong).float().mean(),
+                 picture=(r > r_worse).float().mean())
+    return ranks + 1e-3 * size, right
 
 
 def train_imagereward(args):
@@ -278,8 +309,9 @@ def train_imagereward(args):
     touching = scenes(args.n, SEED, tasks, touching=True).img
     rng = np.random.default_rng(args.seed)
     words = f"{ROOT}/{SPEC.bert_vocab}"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, ""]
     with replacing(words) as f:
-        f.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, ""]).encode())
+        f.write("\n".join(vocabulary).encode())
 
     model = ImageReward(wordpiece=WordPiece(words), **SHAPES_REWARD)
     width = SHAPES_REWARD["vision"][0]
@@ -288,23 +320,27 @@ def train_imagereward(args):
     if args.go_on:
         easy, path = 0.1, f"{ROOT}/assets/shapes/imagereward.safetensors"
         load_state(model, read_weights(path), path)
+    img, touching = torch.from_numpy(img), torch.from_numpy(touching)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        img, touching = torch.from_numpy(img), torch.from_numpy(touching)
         good, worse = drawings(img, touching, prompts, args.n // 3)
 
     def false(prompt):
-        return prompts[rng.integers(args.n)] if rng.random() < easy else astray(rng, prompt)
+        if rng.random() < easy:
+            return prompts[rng.integers(args.n)]
+        return astray(rng, prompt)
 
     def loss_fn():
         i = random_rows(args)
         true = [prompts[k] for k in i]
-        wrong = [model.tokenize([false(prompt) for prompt in true]) for _ in range(3)]
-        return imagereward_loss(model, good[i], worse[i], model.tokenize(true), torch.stack(wrong))
+        ids, wrong = model.tokenize(true), []
+        for _ in range(3):
+            wrong.append(model.tokenize([false(prompt) for prompt in true]))
+        return imagereward_loss(model, good[i], worse[i], ids, torch.stack(wrong))
 
     return fit(model, loss_fn, args, muon=True)
 
 
-# ------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- the command
 TRAININGS = {"tokenizer": train_tokenizer, "clip": train_clip,
              "teacher": train_teacher, "imagereward": train_imagereward}
 

@@ -59,7 +59,7 @@ def fit(model, loss_fn, args, muon=False):
             opt.step()
         ema_update(average, model, n, decay=0.999)
         if n % 50 == 0:
-            bar.set_postfix({name: float(value) for name, value in log.items()})
+            bar.set_postfix({name: value.item() for name, value in log.items()})
     return average.eval()
 
 
