@@ -1,4 +1,4 @@
-"""The world of shapes: captions, pictures, the reader that scores them, and how its networks learn."""
+"""The shapes world: captions, pictures, the reader that scores them, and how its networks learn."""
 
 import json
 import math
@@ -158,10 +158,10 @@ def test_a_picture_of_something_else_is_wrong_under_genevals_rules():
     assert not verdict(other, n)[0]
 
 
-# ====================================================================== what the networks learn from
+# =================================================================== what the networks learn from
 def test_a_spoiled_picture_has_patches_of_another_and_half_of_the_pictures_blends_of_both():
     torch.manual_seed(0)
-    x = torch.arange(64 * 200).view(200, 64).float()       # each patch of each picture says where it is from
+    x = torch.arange(64 * 200).view(200, 64).float()       # each patch says where it is from
     out, zero = make_shapes.spoiled(torch.stack([x, torch.zeros_like(x)], -1)).unbind(-1)
     changed = out != x
     share = changed.float().mean(1)
@@ -176,11 +176,12 @@ def test_a_spoiled_picture_has_patches_of_another_and_half_of_the_pictures_blend
 
 
 def test_the_grid_code_tells_columns_in_its_first_half_and_rows_in_the_second_by_their_distance():
-    code = make_shapes.grid_code(8, 64).view(8, 8, 2, 32)          # (row, column, column's or row's, 32)
+    code = make_shapes.grid_code(8, 64).view(8, 8, 2, 32)    # (row, column, column's or row's, 32)
     of_columns, of_rows = code[:, :, 0], code[:, :, 1]
     assert torch.equal(of_columns[0], of_columns[5])
     assert torch.equal(of_rows[:, 0], of_rows[:, 5])
-    turn = 2 * math.pi / 8 * 2 ** torch.linspace(-3, 1, 16)        # an eighth of a turn over the picture to two
+    turns = 2 ** torch.linspace(-3, 1, 16)         # over the picture: an eighth to two
+    turn = 2 * math.pi / 8 * turns
     far = (torch.arange(8)[:, None] - torch.arange(8)).float()
     expected = 0.25 * (far[..., None] * turn).cos().sum(-1)
     assert close(of_columns[0] @ of_columns[0].T, expected)
@@ -210,13 +211,13 @@ def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss
     assert close(log["picture"], (r > r_worse).float().mean())
 
 
-# ================================================================================== what was learned
+# =============================================================================== what was learned
 def test_the_shipped_imagereward_prefers_the_right_caption_and_the_sound_picture():
     torch.manual_seed(0)
     right = measure_shapes.reward_accuracy(400, seed=21)["imagereward"]
     assert min(right["color"], right["shape"], right["number"]) > 0.9
     assert min(right["order"], right["place"]) > 0.75
-    assert right["touching"] > 0.6                 # a third of touching pictures are right all the same
+    assert right["touching"] > 0.6        # a third of them are right all the same
     assert 0.3 < right["taste"] < 0.7
 
     img, prompts, _ = shapes.scenes(200, seed=21)

@@ -1,14 +1,14 @@
 """Fashion, the default world: 70,000 photographs of clothes, 28x28, 10 classes (Xiao et al. 2017).
 
-    python worlds/fashion.py                                     # data/fashion/: training set as tokens
+    python worlds/fashion.py                                     # data/fashion/, as tokens
     python worlds/fashion.py --pack assets/fashion/tokens.npz    # the packed copy that ships
 
-It is real data with a real distribution, and small: a diffusion model of it learns in minutes, and FID
-can be measured in a feature space of its own, `FashionNet`.
+It is real data with a real distribution, and small: a diffusion model of it learns in minutes. It
+has a feature space of its own for FID, `FashionNet`.
 
 The four raw files come from Debian (`apt-get install dataset-fashion-mnist`) or, where that is
-missing, from torchvision's downloader. Images are padded to 32x32 and never flipped: all shoes point
-left, and a teacher should know that.
+missing, from torchvision's downloader. Images are padded to 32x32 and never flipped: all shoes
+point left, and a teacher should know that.
 """
 
 import argparse
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-from data.tokens import describe, load_tokenizer, token_dtype, write_folder, write_packed  # noqa: E402
+from data.tokens import (describe, load_tokenizer, token_dtype,  # noqa: E402
+                         write_folder, write_packed)
 from machinery.errors import UserError, first_line, guard  # noqa: E402
 from machinery.files import ROOT, replacing  # noqa: E402
 from metrics.reference import load_reference  # noqa: E402
@@ -37,13 +38,13 @@ DEBIAN = "/usr/share/datasets/fashion-mnist"
 ASSETS = f"{ROOT}/assets/fashion"
 CLASSES = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 COUNT = {"train": 60_000, "t10k": 10_000}
-INSTALL = ("install Debian's package dataset-fashion-mnist, or name a folder with the four .gz files "
-           "by --raw")
+INSTALL = ("install Debian's package dataset-fashion-mnist, or name a folder with the four .gz "
+           "files by --raw")
 
 
 # ----------------------------------------------------------------------------- the photographs
 def read_idx(path, shape):
-    """The bytes in a gzipped IDX file, which should have this shape; ValueError where it has another."""
+    """The bytes in a gzipped IDX file of this shape; ValueError if it has another."""
     n = 1 + len(shape)
     with gzip.open(path) as f:
         header = struct.unpack(f">{n}I", f.read(4 * n))
@@ -67,9 +68,9 @@ def download():
 
 
 def load_images(split="train", raw=None):
-    """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of split "train" (60,000) or "t10k" (10,000).
+    """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of "train" (N = 60,000) or "t10k" (10,000).
 
-    raw: a folder with the four files; by default Debian's, and if there is none the files are downloaded.
+    raw: a folder with the four files. The default is Debian's; without it they are downloaded.
     """
     if raw is None:
         raw = DEBIAN if os.path.isdir(DEBIAN) else download()
@@ -87,7 +88,7 @@ def load_images(split="train", raw=None):
 
 # -------------------------------------------------------------------- the feature space of its FID
 class FashionNet(nn.Module):
-    """A small classifier of clothes: images (B, 1, 32, 32) in [0, 1] -> (features (B, dim), logits).
+    """A small classifier: images (B, 1, 32, 32) in [0, 1] -> (features (B, dim), logits (B, 10)).
 
     Its features see texture: they are mean and deviation of every map of every layer. They are
     standardized over the training set, so that no layer dominates a distance.

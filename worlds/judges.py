@@ -1,8 +1,8 @@
 """How the worlds' pictures are scored: the one place that knows which judge a world has.
 
-A judge is a function judge(make_images, n, batch=, seed=, desc=) -> a row of results. Its make_images
-and the way batches go to processes are those of `metrics.fid.image_metrics`. Photographs have no judge
-here: `metrics.reference.load_feature_space` serves them.
+A judge is a function judge(make_images, n, batch=, seed=, desc=) -> a row of results. Its
+make_images, and the way batches go to processes, are those of `metrics.fid.image_metrics`.
+Photographs of other worlds have no judge here: see `metrics.reference.load_feature_space`.
 """
 
 import functools
@@ -22,7 +22,7 @@ from worlds.shapes import SHAPES, benchmark, detect
 
 
 def judge_fashion(teacher, extractor, reference, make_images, n, batch=250, seed=0, desc=None):
-    """FID and its relatives, in the feature space of FashionNet, on n images, all classes equally often."""
+    """FID and its relatives in FashionNet's feature space, on n images, all classes in turn."""
     asked = in_turn(teacher.conditions(), n)
     return image_metrics(make_images, asked, extractor, reference, batch, seed, desc=desc)
 
@@ -47,8 +47,8 @@ def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None)
         columns = [torch.tensor(right).to(chroma), chroma, *(scores[name] for name in names)]
         return torch.stack(columns, 1)
 
-    asked = teacher.conditions(prompts)
-    scores, facts = scored(make_images, asked, score, 2 + len(names), batch, seed, desc)
+    asked, width = teacher.conditions(prompts), 2 + len(names)
+    scores, facts = scored(make_images, asked, score, width, batch, seed, desc)
     tags = [line["tag"] for line in metadata]
     tasks = geneval_table(zip(tags, scores[:, 0].tolist()))
     means = dict(zip(["chroma", *names], scores[:, 1:].mean(0).tolist()))
@@ -56,7 +56,7 @@ def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None)
 
 
 def load_judge(teacher, device="cpu"):
-    """The judge of this teacher's world; None where it has none, or the rewards' weights are missing."""
+    """The judge of this teacher's world; None without a world, or without the rewards' weights."""
     spec = teacher.spec
     if spec.world == "fashion":
         return functools.partial(judge_fashion, teacher, *load_extractor(spec, device))

@@ -40,7 +40,8 @@ SPEC = SPECS["maskbit-tiny"]
 def photographs(split, device):
     """(images uint8 (N, 1, 32, 32), labels (N,)) of a split, on the device."""
     img, labels = map(torch.from_numpy, load_images(split))
-    return img.to(device), labels.long().to(device)
+    labels = labels.long()
+    return img.to(device), labels.to(device)
 
 
 # ------------------------------------------------------------------------------- the tokenizer
@@ -48,9 +49,9 @@ def tokenizer_loss(tok, img):
     """Reconstruction of pixels and edges, commitment, and LFQ's entropy term.
 
     Each latent channel gives its bit a probability, sigmoid(4 z). Every position should be sure of
-    its bits (low entropy of each), and the batch should use all codes (high entropy of the mean over
-    the joint 2^bits codes, which factorizes per position into the two groups). Without the second term a
-    sign quantizer keeps a handful of codes.
+    its bits (low entropy of each), and the batch should use all codes (high entropy of the mean
+    over the joint 2^bits codes, which factorizes per position into the two groups). Without the
+    second term a sign quantizer keeps a handful of codes.
     """
     z = tok.encoder(img).float()                                             # (B, bits, h, w)
     sign = torch.where(z > 0, 1.0, -1.0)
@@ -78,7 +79,7 @@ def tokenizer_loss(tok, img):
 
 @torch.no_grad()
 def codebook_report(tok, img):
-    """PSNR of the reconstruction in dB, codes used, and their perplexity, over uint8 images (N, C, H, W)."""
+    """PSNR of the reconstruction in dB, codes used, and their perplexity, over uint8 images."""
     codes = 2**tok.bits
     error, count = 0.0, torch.zeros(codes)
     for part in img.split(500):
@@ -91,7 +92,8 @@ def codebook_report(tok, img):
     entropy = -(p * (p + 1e-12).log()).sum()
     psnr = -10 * math.log10(error / img.numel())
     codes_used = int((count > 0).sum())
-    return dict(psnr=psnr, codes_used=codes_used, codes=codes, perplexity=math.exp(entropy))
+    return dict(psnr=psnr, codes_used=codes_used,
+                codes=codes, perplexity=math.exp(entropy))
 
 
 def train_tokenizer(args, start):
@@ -132,9 +134,11 @@ def mdm_loss(net, x, labels):
 
 def train_mdm(args, start):
     with np.load(f"{ASSETS}/tokens.npz") as f:
-        x = torch.from_numpy(f["tokens"]).long().to(args.device)
-        labels = torch.from_numpy(f["labels"]).long().to(args.device)
-    model = MaskBit(**SPEC.net, dropout=args.dropout).to(args.device)
+        x, labels = map(torch.from_numpy, (f["tokens"], f["labels"]))
+    x = x.long().to(args.device)
+    labels = labels.long().to(args.device)
+    model = MaskBit(**SPEC.net, dropout=args.dropout)
+    model.to(args.device)
 
     def loss_fn():
         i = torch.randint(len(x), (args.batch,))
@@ -143,16 +147,18 @@ def train_mdm(args, start):
     ship(fit(model, loss_fn, args), f"{ASSETS}/teacher.safetensors", args, start)
 
 
-# ----------------------------------------------------------------- the classifier and its statistics
+# ----------------------------------------------------------------- classifier and statistics
 def classify(img, labels, args):
     """A FashionNet trained on uint8 images and their labels."""
     net = FashionNet().to(args.device)
-    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
+    opt = torch.optim.AdamW(net.parameters(),
+                            weight_decay=0.01)
     bar = tqdm(range(args.steps), "classifier", mininterval=2)
     for n in bar:
         k = n % (len(img) // args.batch)
         if k == 0:                                                           # a new epoch
-            order = torch.randperm(len(img)).split(args.batch)
+            order = torch.randperm(len(img))
+            order = order.split(args.batch)
         decay = (1.01 + 0.99 * math.cos(math.pi * n / args.steps)) / 2
         warmup = min(1, (n + 1) / 100)
         opt.param_groups[0]["lr"] = args.lr * warmup * decay
@@ -167,7 +173,7 @@ def classify(img, labels, args):
 
 
 def train_classifier(args, start):
-    """Train FashionNet, then write its weights, the training set's statistics, and a record of both."""
+    """Train FashionNet; write its weights, the training set's statistics, a record of both."""
     img, labels = photographs("train", args.device)
     test, test_labels = photographs("t10k", args.device)
     net = classify(img, labels, args)
@@ -182,7 +188,7 @@ def train_classifier(args, start):
                      n=len(img), features=some)
 
     def report():
-        """What the metric says of real images that it was not made from: the floor of all numbers."""
+        """What the metric says of real images it was not made from: the floor of all numbers."""
         net, reference = load_extractor(SPEC, args.device)
         guess = torch.cat([extract(net, part)[1].argmax(1) for part in test.split(500)])
         right = (guess == test_labels).double().mean().item()

@@ -34,10 +34,13 @@ from networks.clip import preprocess  # noqa: E402
 from networks.text import clip_ids  # noqa: E402
 from networks.weights import load_state, read_weights  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
-from teachers import (SHAPES_CLIP, SHAPES_REWARD, SPECS, build, generate_student,  # noqa: E402
-                      generate_teacher, load_student, to_bytes)
-from worlds.shapes import CELL, MIXED, SIZE, WORDS, astray, scenes  # noqa: E402
-from worlds.training import fit, pixel_loss, ship, training_flags  # noqa: E402
+from teachers import (SHAPES_CLIP, SHAPES_REWARD, SPECS, build,  # noqa: E402
+                      generate_student, generate_teacher,
+                      load_student, to_bytes)
+from worlds.shapes import (CELL, MIXED, SIZE, WORDS,  # noqa: E402
+                           astray, scenes)
+from worlds.training import (fit, pixel_loss, ship,  # noqa: E402
+                             training_flags)
 
 
 SPEC = SPECS["meissonic-tiny"]
@@ -56,7 +59,7 @@ def random_rows(args):
 def patches(img):
     """Pictures (n, 3, H, W) -> their patches (n, L, 3 CELL^2), row by row."""
     img = img.unflatten(3, (-1, CELL))
-    img = img.unflatten(2, (-1, CELL))                                       # (n, 3, h, CELL, w, CELL)
+    img = img.unflatten(2, (-1, CELL))                               # (n, 3, h, CELL, w, CELL)
     img = img.permute(0, 2, 4, 1, 3, 5)
     return img.flatten(3).flatten(1, 2)
 
@@ -64,11 +67,11 @@ def patches(img):
 def code_patches(img, V, width, seed):
     """Of pictures in [0, 1] (centers (V, 3 CELL^2) of their patches, codes (V, width) for these).
 
-    k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground; a code
-    is its center's leading components. # choice: the codebook is not learned with the encoder. When
-    it was, most codes were for the ground, and which one a patch got depended on the rest of the
-    picture, as the encoder's norms are taken over all of it (3.2 nats given the patch and its place).
-    To a teacher that is noise, and it learned little else.
+    k-means of *different* patches, so that rare shapes weigh more than the ubiquitous ground. A
+    code is its center's leading components.
+    # choice: the codebook is not learned with the encoder. When it was, most codes were for the
+    ground, and which one a patch got depended on the rest of the picture, as the encoder's norms
+    are taken over all of it. To a teacher that is noise, and it learned little else.
     """
     seen = patches(img).flatten(0, 1).unique(dim=0)
     centers, _ = kmeans2(seen.numpy(), V, minit="++", seed=seed)
@@ -83,7 +86,8 @@ def tokenizer_loss(tok, centers, img):
     x = torch.cdist(patches(img), centers).argmin(-1)                        # (B, L)
     codes = tok.codebook.weight[x]                                           # (B, L, embed)
     z = tok.latents(img).float().flatten(2).transpose(1, 2)
-    recon = pixel_loss(tok.pixels(codes).float(), img)
+    out = tok.pixels(codes).float()
+    recon = pixel_loss(out, img)
     miss = (z - codes).square().mean()
     right = (tok.nearest(z) == x).float().mean()
     return recon + 5 * miss, dict(recon=recon, right=right)
@@ -91,10 +95,11 @@ def tokenizer_loss(tok, centers, img):
 
 def train_tokenizer(args):
     img = torch.from_numpy(scenes(args.n, SEED).img)
-    model = SPEC.Tokenizer(**SPEC.tokenizer).to(memory_format=torch.channels_last)
-    some = img[:3000].float() / 255
-    width = SPEC.tokenizer["embed"]
-    centers, codes = code_patches(some, model.V, width, args.seed)
+    model = SPEC.Tokenizer(**SPEC.tokenizer)
+    model.to(memory_format=torch.channels_last)
+    centers, codes = code_patches(img[:3000].float() / 255, model.V,
+                                  width=SPEC.tokenizer["embed"],
+                                  seed=args.seed)
     model.codebook.weight = nn.Parameter(codes, requires_grad=False)
 
     def loss_fn():
@@ -113,7 +118,7 @@ def clip_loss(model, img, ids, same):
     """
     f = F.normalize(model.encode_image(img).float(), dim=-1)
     g = F.normalize(model.encode_text(ids).float(), dim=-1)
-    z = model.logit_scale.exp().clamp(max=100) * f @ g.T                     # (B, B), image by caption
+    z = model.logit_scale.exp().clamp(max=100) * f @ g.T                     # (B, B)
     target = same.float() / same.sum(1, keepdim=True)
     of_image = (target * z.log_softmax(1)).sum(1).mean()
     of_caption = (target * z.log_softmax(0)).sum(0).mean()
@@ -128,15 +133,18 @@ def train_clip(args):
     prompts, which = np.unique(drawn.prompts, return_inverse=True)
     which = torch.from_numpy(which)                                          # picture -> prompt
     model = CLIP(**SHAPES_CLIP)
-    ids = clip_ids(prompts.tolist(), model.context_length, model.vocab_size,
+    ids = clip_ids(prompts.tolist(),
+                   model.context_length, model.vocab_size,
                    pads_with_bang=True)
 
     def words(i):
         """What the caption of scene i speaks of, in any order."""
         include = drawn.metas[i]["include"]
-        return sorted([c["class"] for c in include] + [c.get("color", "") for c in include])
+        classes = [clause["class"] for clause in include]
+        colors = [clause.get("color", "") for clause in include]
+        return sorted(classes + colors)
 
-    neighbors = torch.tensor(sorted(range(args.n), key=words))               # same words, side by side
+    neighbors = torch.tensor(sorted(range(args.n), key=words))       # same words, side by side
 
     def loss_fn():       # half a batch at random, half from the neighbors of its captions
         i = torch.randint(args.n, (args.batch // 2,))
@@ -151,12 +159,13 @@ def train_clip(args):
 
 # ------------------------------------------------------------------------------- the teacher
 def teacher_loss(net, x, cond):
-    """Eq. 1 as Meissonic trains: cross-entropy at masked tokens, cosine ratio, a tenth without a prompt.
+    """Eq. 1 as Meissonic trains: cross-entropy at masked tokens, their ratio by the cosine.
 
-    cond loses its prompts in place.
-    # choice: the time says nothing, 0 or a random step. The published sampler and distillation do not
-    tell it either.
-    # choice: no label smoothing. A tenth of the mass on wrong tokens is a stray patch in most pictures.
+    A tenth of the images lose their prompt, in place in `cond`.
+    # choice: the time says nothing, 0 or a random step. The published sampler and distillation do
+    not tell it either.
+    # choice: no label smoothing. A tenth of the mass on wrong tokens is a stray patch in most
+    pictures.
     """
     B = len(x)
     ratio = mask_ratio(torch.rand(B), "cosine")
@@ -166,7 +175,8 @@ def teacher_loss(net, x, cond):
         c[drop] = null[drop]
     *cond, _ = cond
     step = torch.randint(64, (B,))
-    t = step * (torch.rand(B) < 0.5).float()
+    told = torch.rand(B) < 0.5
+    t = step * told.float()
     x_t = x.masked_fill(mask, net.V)
     z = net(embed_tokens(x_t, *net.tables()), (*cond, t))
     scored = x.masked_fill(~mask, -100)                                      # -100: not scored
@@ -178,8 +188,10 @@ def train_teacher(args):
     drawn = scenes(args.n, SEED)
     prompts, which = np.unique(drawn.prompts, return_inverse=True)
     which = torch.from_numpy(which)
-    tokenizer = build(SPEC, "tokenizer").eval()
-    text = build(SPEC, "text").eval()
+    tokenizer = build(SPEC, "tokenizer")
+    text = build(SPEC, "text")
+    tokenizer.eval()
+    text.eval()
     model = build(SPEC, "net") if args.go_on else SPEC.Net(**SPEC.net)
 
     def condition(prompts):
@@ -189,7 +201,8 @@ def train_teacher(args):
         return tokenizer.encode(img.float() / 255)
 
     with torch.no_grad():
-        x = in_parts(encode, torch.from_numpy(drawn.img), "tokens")
+        img = torch.from_numpy(drawn.img)
+        x = in_parts(encode, img, "tokens")
         features = condition(prompts.tolist())
         model.null_text, model.null_pooled = condition([SPEC.negative])[:2]
     net = torch.compile(model) if args.compile else model
@@ -203,10 +216,9 @@ def train_teacher(args):
 
 # --------------------------------------------------------------------------- the ImageReward
 def spoiled(e):
-    """Embeddings (B, L, d) of pictures, with patches of others in them, out of place: dots or a rectangle.
+    """Embeddings (B, L, d) of pictures, with patches of others in them: dots, or a rectangle.
 
-    Half of them are blends, as soft embeddings are: so a judge that is trained on them likes a sure
-    drawing.
+    Half of them are blends, as soft embeddings are: a reward trained on them likes a sure drawing.
     """
     B, side = len(e), round(e.shape[1] ** 0.5)
 
@@ -234,10 +246,11 @@ def spoiled(e):
 
 @torch.no_grad()
 def drawings(img, touching, prompts, some):
-    """(good, worse), uint8 like img: pictures through the tokenizer, and for each a worse one of its prompt.
+    """(good, worse), uint8 like img: pictures through the tokenizer, for each a worse one.
 
-    The first `some` of the worse are theta_0's, and the teacher's in 1, 4 and 8 steps. Of the next
-    `some` objects touch, where there are several (`touching`, uint8 like img). Others are spoiled.
+    Worse means that it fits the picture's prompt less. The first `some` are theta_0's, and the
+    teacher's in 1, 4 and 8 steps. In the next `some` objects touch, if there are several
+    (`touching`, uint8 like img). The others are spoiled.
     """
     teacher, theta_0, _ = load_student("assets/shapes/theta0.safetensors", SPEC.name)
     tokenizer = teacher.tokenizer
@@ -252,11 +265,15 @@ def drawings(img, touching, prompts, some):
     e = in_parts(embed, img, "tokens")
     draw = []
     for steps in (1, 4, 8):
-        draw.append(functools.partial(generate_teacher, teacher, steps=steps))
-    draw += 3 * [functools.partial(generate_student, teacher, theta_0, **SPEC.student)]
+        draw.append(functools.partial(generate_teacher, teacher,
+                                      steps=steps))
+    student = functools.partial(generate_student, teacher, theta_0,
+                                **SPEC.student)
+    draw += [student, student, student]
     worse = []
     asked = teacher.conditions(prompts[:some])
-    for i, part in enumerate(tqdm(asked.split(100), "drawn")):
+    parts = asked.split(100)
+    for i, part in enumerate(tqdm(parts, "drawn")):
         worse.append(draw[i % 6](part))
 
     e_worse = spoiled(e[some:])
@@ -272,9 +289,9 @@ def grid_code(side, width):
     """(side^2, width): sines and cosines of a patch's column and row.
 
     They make an eighth of a turn over the picture up to two.
-    # choice: where the image tower starts to learn positions, instead of noise of 0.02. From noise it
-    had not learned in 7,500 steps what left and above mean; from these, once it knows colors and
-    shapes, in 400.
+    # choice: where the image tower starts to learn positions, instead of noise of 0.02. From noise
+    it had not learned in 7,500 steps what left and above mean. From these it takes 400, once it
+    knows colors and shapes.
     """
     turns = 2 ** torch.linspace(-3, 1, width // 4)
     angle = torch.outer(torch.arange(side) / side, 2 * math.pi * turns)
@@ -286,8 +303,8 @@ def grid_code(side, width):
 def imagereward_loss(model, good, worse, ids, wrong):
     """ImageReward's loss, -log sigmoid(r_better - r_worse), of two kinds of pairs.
 
-    They are two captions of a picture, and two pictures of a caption: good, worse (B, 3, H, W) uint8;
-    ids (B, S) of the captions, wrong (K, B, S) of K that are false of `good`.
+    They are two captions of a picture, and two pictures of a caption. good, worse: uint8
+    (B, 3, H, W). ids (B, S): the captions. wrong (K, B, S): K that are false of `good`.
     """
     pixels = torch.cat([good, worse]).float() / 255
     seen, seen_worse = model.see(preprocess(pixels, model.size)).chunk(2)
@@ -296,7 +313,8 @@ def imagereward_loss(model, good, worse, ids, wrong):
     r = model.raw(torch.cat(pictures), torch.cat(captions))
     r = r.unflatten(0, (len(captions), -1))                                  # (K + 2, B)
     r, r_wrong, r_worse = r[0], r[1:-1], r[-1]
-    size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()                 # pairs leave the zero free
+    # Pairs leave the zero of the scores free: keep them near it.
+    size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()
     ranks = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean()
     right = dict(caption=(r > r_wrong).float().mean(),
                  picture=(r > r_worse).float().mean())
@@ -316,7 +334,7 @@ def train_imagereward(args):
     model = ImageReward(wordpiece=WordPiece(words), **SHAPES_REWARD)
     width = SHAPES_REWARD["vision"][0]
     model.pos.data[0, 1:] = grid_code(SIZE // SHAPES_REWARD["patch"], width)
-    easy = 0.5                                         # share of wrong captions that are just another's
+    easy = 0.5                           # share of wrong captions that are just another picture's
     if args.go_on:
         easy, path = 0.1, f"{ROOT}/assets/shapes/imagereward.safetensors"
         load_state(model, read_weights(path), path)
@@ -341,8 +359,10 @@ def train_imagereward(args):
 
 
 # ------------------------------------------------------------------------------- the command
-TRAININGS = {"tokenizer": train_tokenizer, "clip": train_clip,
-             "teacher": train_teacher, "imagereward": train_imagereward}
+TRAININGS = {"tokenizer": train_tokenizer,
+             "clip": train_clip,
+             "teacher": train_teacher,
+             "imagereward": train_imagereward}
 
 
 def main(args):
@@ -355,11 +375,12 @@ def main(args):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--train", choices=TRAININGS, required=True, help="which network to train")
+    ap.add_argument("--train", choices=TRAININGS, required=True,
+                    help="which network to train")
     ap.add_argument("--go_on", action="store_true",
                     help="train the shipped teacher or imagereward further, not a new one")
-    ap.add_argument("--n", type=number(100, kind=int), default=40_000,
-                    help="scenes to train on (%(default)s)")
+    ap.add_argument("--n", type=number(100, kind=int),
+                    default=40_000, help="scenes to train on (%(default)s)")
     training_flags(ap, steps=3000, batch=128, lr=1e-3)
     ap.add_argument("--compile", action="store_true",
                     help="torch.compile the teacher (15%% faster; needs a C++ compiler)")

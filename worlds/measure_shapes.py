@@ -23,14 +23,18 @@ from machinery.flags import nonnegative_int, positive_int  # noqa: E402
 from machinery.pictures import sheet  # noqa: E402
 from metrics.geneval import TASKS, geneval_table, verdict  # noqa: E402
 from reward import rewards_for  # noqa: E402
-from teachers import (SPECS, generate_student, generate_teacher, load_student,  # noqa: E402
-                      load_teacher)
-from worlds.shapes import (KINDS, MIXED, astray, benchmark, caption, detect, render,  # noqa: E402
-                           scenes)
+from teachers import (SPECS, generate_student,  # noqa: E402
+                      generate_teacher, load_student, load_teacher)
+from worlds.shapes import (KINDS, MIXED, astray,  # noqa: E402
+                           benchmark, caption, detect,
+                           render, scenes)
 
 
 def accuracy(n=6000, seed=5):
-    """Share of fresh renderings in which the reader, by GenEval's rules, finds what was asked for, by task."""
+    """Share of fresh renderings in which the reader finds what was asked for, per task.
+
+    It decides by GenEval's rules.
+    """
     rows = []
     for i in range(n):
         rng = np.random.default_rng([seed, i])
@@ -54,8 +58,9 @@ def reward_accuracy(n=1500, seed=5):
     """How often each reward is right on fresh scenes: {reward: {what is wrong: share}}.
 
     It should give a picture more for its caption than for one gone astray, here by the kind of word
-    that is wrong; and more than it gives to a picture in which objects touch. "taste" should be low: the
-    standard deviation over pictures that fit a caption, by that over all pairs (picture, caption).
+    that is wrong; and more than it gives to a picture in which objects touch. "taste" should be
+    low: the standard deviation over pictures that fit a caption, by that over all pairs of a
+    picture and a caption.
     """
     rng, spec = np.random.default_rng(seed), SPECS["meissonic-tiny"]
     rewards = rewards_for(spec, spec.rewards)
@@ -84,7 +89,7 @@ def reward_accuracy(n=1500, seed=5):
 
 @torch.no_grad()
 def alike(path, n=24, times=12, seed=3):
-    """Share of tokens that agree in two pictures of a prompt, over n prompts: 1 if all pictures of it are one.
+    """Share of tokens that agree in two pictures of a prompt, over n prompts; 1 if all are one.
 
     path: a student, or "teacher" for the teacher's own steps.
     """
@@ -131,7 +136,8 @@ def main(args):
 if __name__ == "__main__":
     ap = argparse.ArgumentParser(description=__doc__,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--accuracy", action="store_true", help="score fresh renderings by the reader")
+    ap.add_argument("--accuracy", action="store_true",
+                    help="score fresh renderings by the reader")
     ap.add_argument("--reward_accuracy", action="store_true",
                     help="how often the rewards prefer the right caption, by what is wrong")
     ap.add_argument("--alike", nargs="+", metavar="CKPT", default=(),
@@ -139,6 +145,8 @@ if __name__ == "__main__":
                          "(checkpoints or weights), or of: teacher")
     ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
     ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one per line")
-    ap.add_argument("--n", type=positive_int, default=40_000, help="captions (%(default)s)")
-    ap.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the captions")
+    ap.add_argument("--n", type=positive_int, default=40_000,
+                    help="how many captions to write (%(default)s)")
+    ap.add_argument("--seed", type=nonnegative_int, default=0,
+                    help="seed of the captions that are written")
     guard(lambda: main(ap.parse_args()))

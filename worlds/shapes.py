@@ -1,4 +1,4 @@
-"""Shapes, the text-to-image world: scenes of colored shapes, captions, and a reader that scores them exactly.
+"""Shapes, the text-to-image world: colored shapes, captions, and a reader that scores them exactly.
 
 A scene is one to four shapes of six colors on a gray ground, even or sloping, 32x32 pixels. Size,
 place, shade and ground vary, so that many pictures fit a caption. They vary in steps and not
@@ -14,8 +14,8 @@ Since everything is drawn, everything can be read back without a detector. What 
 object (the ground is gray), connected pixels are one object, its hue is its color, and how it fills
 its box tells its shape.
 
-`python worlds/measure_shapes.py --sheet out/shapes.png` shows 40 scenes, `--accuracy` says how often
-the reader is right.
+`python worlds/measure_shapes.py --sheet out/shapes.png` shows 40 scenes, `--accuracy` says how
+often the reader is right.
 """
 
 import colorsys
@@ -30,21 +30,26 @@ from metrics.geneval import TASKS
 
 
 SIZE, FINE = 32, 8                       # pixels per side; drawn FINE times larger, then reduced
-CELL = 4                                 # pixels; sides, places and gaps are multiples: a token's patch
+CELL = 4                                 # pixels: all sides, places and gaps are multiples of it
 SHAPES = ("circle", "square", "triangle", "ring", "cross")
-HUES = {"red": 0, "orange": 30, "yellow": 58,          # degrees
-        "green": 125, "blue": 222, "purple": 285}
+HUES = {"red": 0, "orange": 30,          # degrees
+        "yellow": 58, "green": 125,
+        "blue": 222, "purple": 285}
 COLORS = tuple(HUES)
 GRAYS = (70, 100, 130, 160, 190)         # of the ground
 SHADES = (0.8, 1.0)                      # of a shape: its value in HSV
-SIDES = {1: [3, 4], 2: [2, 3],           # of each of n objects, in cells
+SIDES = {1: [3, 4],                      # of each of n objects, in cells
+         2: [2, 3],
          3: [2], 4: [2]}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0),
-             "above": (0, -1), "below": (0, 1)}
+RELATIONS = {"left of": (-1, 0),
+             "right of": (1, 0),
+             "above": (0, -1),
+             "below": (0, 1)}
 NUMBERS = ("two", "three", "four")
 PLURALS = ("circles", "squares", "triangles", "rings", "crosses")
 MIXED = (*TASKS, "mixture", "mixture")   # what to train on
-KINDS = (tuple(RELATIONS), COLORS, SHAPES, PLURALS, NUMBERS)    # what can be wrong
+KINDS = (tuple(RELATIONS), COLORS,       # of words that a caption can be wrong in
+         SHAPES, PLURALS, NUMBERS)
 WORDS = (*"a an and of left right above below".split(), *sum(KINDS[1:], ()))
 
 
@@ -80,8 +85,10 @@ def listed(task, *objects):
 def counted(task, shape, color, n):
     """Three rings."""
     prompt = f"{NUMBERS[n - 2]} {phrase(PLURALS[SHAPES.index(shape)], color)}"
-    metadata = {"tag": task, "include": [clause(shape, color, count=n)],
-                "exclude": [clause(shape, None, count=n + 1)], "prompt": prompt}
+    metadata = {"tag": task,
+                "include": [clause(shape, color, count=n)],
+                "exclude": [clause(shape, None, count=n + 1)],
+                "prompt": prompt}
     return Caption(prompt, metadata, n * [(shape, color)])
 
 
@@ -101,7 +108,9 @@ def caption(rng, task):
     n = int(rng.integers(2, 5))
     mixed = ("position", "counting")[rng.integers(2)]
     colored = task in ("colors", "color_attr", "mixture")
-    first, second = zip(shapes, colors if colored else (None, None))
+    if not colored:
+        colors = [None, None]
+    first, second = zip(shapes, colors)
 
     form = mixed if task == "mixture" else task
     if form in ("single_object", "colors"):
@@ -115,12 +124,16 @@ def caption(rng, task):
 
 
 def astray(rng, prompt):
-    """A caption that no picture of `prompt` fulfils: one word is another of its kind, or two are swapped."""
+    """A caption that no picture of `prompt` fulfills.
+
+    One word is another of its kind, or two have changed places.
+    """
     said = [[w for w in kind if re.search(rf"\b{w}\b", prompt)] for kind in KINDS]
     relations, colors, shapes = said[:3]
     swappable = []                       # pairs of words whose order matters
     if relations or len(colors) == 2:
-        swappable = [words for words in (colors, shapes) if len(words) == 2]
+        swappable = [words for words in (colors, shapes)
+                     if len(words) == 2]
     if swappable and rng.random() < 0.4:
         u, v = swappable[rng.integers(len(swappable))]
         change = {u: v, v: u}
@@ -153,10 +166,11 @@ def stands(a, b, direction):
 
 
 def place(rng, n, relation=None, touching=False):
-    """Boxes (n, 3) of n objects, in pixels, a cell or more apart; box 1 stands in `relation` to box 0.
+    """Boxes (x, y, side) of n objects in pixels, (n, 3); box 1 stands in `relation` to box 0.
 
-    All are multiples of CELL, so that a shape is one of few sets of tokens: a teacher learns to draw
-    it in minutes. touching: each touches one before it, so that a detector sees fewer objects.
+    They are a cell or more apart. All are multiples of CELL, the patch of a token, so that a shape
+    is one of few sets of tokens: a teacher learns to draw it in minutes.
+    touching: each touches one before it, so that a detector sees fewer objects.
     """
     boxes, tries = [], 0
     while len(boxes) < n:
@@ -199,7 +213,8 @@ def render(rng, objects, relation=None, touching=False):
     slopes = (flat, ramp, -ramp, ramp[:, None], -ramp[:, None])
     ground = gray + slopes[rng.integers(5)]
 
-    canvas = Image.new("RGBA", (SIZE * FINE, SIZE * FINE))                   # transparent
+    side = SIZE * FINE
+    canvas = Image.new("RGBA", (side, side))                                 # transparent
     draw = ImageDraw.Draw(canvas)
     for (shape, color), box in zip(objects, place(rng, len(objects), relation, touching)):
         hue = HUES[color or str(rng.choice(COLORS))] / 360
@@ -220,7 +235,8 @@ class Scenes(NamedTuple):
 def scenes(n, seed=0, tasks=MIXED, touching=False, again=0):
     """n Scenes of random tasks. A scene depends on the seed and its place alone.
 
-    touching changes the pictures only, and so does another number `again`: the same captions, drawn anew.
+    touching changes the pictures only, and so does another number `again`: it draws the same
+    captions anew.
     """
     drawn = Scenes(np.empty((n, 3, SIZE, SIZE), np.uint8), [], [])
     for i in range(n):
@@ -235,15 +251,19 @@ def scenes(n, seed=0, tasks=MIXED, touching=False, again=0):
 
 
 def benchmark(n, seed=0):
-    """(prompts, metadata) of n prompts, GenEval's six tasks in turn; each depends on seed and place alone."""
+    """(prompts, metadata) of n prompts, GenEval's six tasks in turn.
+
+    Each depends on the seed and its place alone.
+    """
     drawn = [caption(np.random.default_rng([seed, 77, i]), TASKS[i % len(TASKS)])
              for i in range(n)]
-    return [d.prompt for d in drawn], [d.metadata for d in drawn]
+    prompts = [said.prompt for said in drawn]
+    return prompts, [said.metadata for said in drawn]
 
 
 # ------------------------------------------------------------------------------- the reader
 def read(img):
-    """Objects of a picture (3, H, W) uint8: [(shape, color, box (x1, y1, x2, y2)), ...], largest first.
+    """Objects of a picture (3, H, W) uint8, largest first: [(shape, color, (x1, y1, x2, y2)), ...].
 
     shape is None for a blob that is none of the five.
     """
@@ -262,7 +282,7 @@ def read(img):
 
         full = np.quantile(chroma[part], 0.75)
         cover = np.clip((chroma - 15) / (full - 15), 0, 1)
-        cover *= ndimage.maximum_filter(part, 3)                             # and its half-covered rim
+        cover *= ndimage.maximum_filter(part, 3)                             # with its rim
         rows, columns = ndimage.find_objects(part.astype(int))[0]
         box = (columns.start, rows.start, columns.stop, rows.stop)
         found.append((shape_of(cover, part), color, box))
@@ -295,7 +315,7 @@ def shape_of(cover, part):
 
 
 def detect(img):
-    """The reader as GenEval's rules want it: detections {class: [(box, score), ...]}, and a judge of colors."""
+    """The reader as GenEval's rules want it: ({class: [(box, score), ...]}, color of a box)."""
     detections, colors = {}, {}
     for shape, color, box in read(img):
         colors[box] = color
