@@ -102,7 +102,8 @@ def train_tokenizer(args, start):
     model.to(args.device, memory_format=torch.channels_last)
 
     def loss_fn():
-        part = img[torch.randint(len(img), (args.batch,))].float() / 255
+        i = torch.randint(len(img), (args.batch,))
+        part = img[i].float() / 255
         return tokenizer_loss(model, part.contiguous(memory_format=torch.channels_last))
 
     def report():
@@ -129,7 +130,9 @@ def mdm_loss(net, x, labels):
     ce = F.cross_entropy(z.flatten(0, 2), x.flatten(),
                          reduction="none", label_smoothing=0.1)
     masked = (x_t == net.V).flatten()
-    return ce.mean(), dict(all=ce.mean(), masked=(ce * masked).sum() / masked.sum())
+    loss = ce.mean()
+    of_masked = (ce * masked).sum() / masked.sum()
+    return loss, dict(all=loss, masked=of_masked)
 
 
 def train_mdm(args, start):
@@ -144,7 +147,8 @@ def train_mdm(args, start):
         i = torch.randint(len(x), (args.batch,))
         return mdm_loss(model, x[i], labels[i])
 
-    ship(fit(model, loss_fn, args), f"{ASSETS}/teacher.safetensors", args, start)
+    model = fit(model, loss_fn, args)
+    ship(model, f"{ASSETS}/teacher.safetensors", args, start)
 
 
 # ----------------------------------------------------------------- classifier and statistics
@@ -221,7 +225,8 @@ if __name__ == "__main__":
     what.add_argument("--train_classifier", action="store_true",
                       help="train FashionNet, and take its statistics of real images")
     training_flags(ap, steps=6000, batch=64, lr=2e-3)
-    ap.add_argument("--dropout", type=share, default=0.0,
-                    help="share of the teacher's activations to drop (%(default)s)")
-    ap.add_argument("--device", default=default_device())
+    ap.add_argument("--dropout", type=share,
+                    default=0.0, help="share of the teacher's activations to drop (%(default)s)")
+    ap.add_argument("--device", default=default_device(),
+                    help="cpu or cuda (%(default)s)")
     guard(lambda: main(ap.parse_args()))

@@ -51,6 +51,13 @@ def in_parts(f, x, desc):
     return torch.cat([f(part) for part in tqdm(x.split(500), desc)])
 
 
+def captioned(args):
+    """(Scenes, their different prompts, which of these each picture has)."""
+    drawn = scenes(args.n, SEED)
+    prompts, which = np.unique(drawn.prompts, return_inverse=True)
+    return drawn, prompts.tolist(), torch.from_numpy(which)
+
+
 def random_rows(args):
     return torch.randint(args.n, (args.batch,))
 
@@ -128,12 +135,10 @@ def clip_loss(model, img, ids, same):
 
 
 def train_clip(args):
-    drawn = scenes(args.n, SEED)
+    drawn, prompts, which = captioned(args)
     img = torch.from_numpy(drawn.img)
-    prompts, which = np.unique(drawn.prompts, return_inverse=True)
-    which = torch.from_numpy(which)                                          # picture -> prompt
     model = CLIP(**SHAPES_CLIP)
-    ids = clip_ids(prompts.tolist(),
+    ids = clip_ids(prompts,
                    model.context_length, model.vocab_size,
                    pads_with_bang=True)
 
@@ -185,13 +190,9 @@ def teacher_loss(net, x, cond):
 
 
 def train_teacher(args):
-    drawn = scenes(args.n, SEED)
-    prompts, which = np.unique(drawn.prompts, return_inverse=True)
-    which = torch.from_numpy(which)
-    tokenizer = build(SPEC, "tokenizer")
-    text = build(SPEC, "text")
-    tokenizer.eval()
-    text.eval()
+    drawn, prompts, which = captioned(args)
+    tokenizer = build(SPEC, "tokenizer").eval()
+    text = build(SPEC, "text").eval()
     model = build(SPEC, "net") if args.go_on else SPEC.Net(**SPEC.net)
 
     def condition(prompts):
@@ -203,7 +204,7 @@ def train_teacher(args):
     with torch.no_grad():
         img = torch.from_numpy(drawn.img)
         x = in_parts(encode, img, "tokens")
-        features = condition(prompts.tolist())
+        features = condition(prompts)
         model.null_text, model.null_pooled = condition([SPEC.negative])[:2]
     net = torch.compile(model) if args.compile else model
 
@@ -324,7 +325,8 @@ def imagereward_loss(model, good, worse, ids, wrong):
 def train_imagereward(args):
     tasks = (*MIXED, "position", "position", "counting", "mixture")
     img, prompts, _ = scenes(args.n, SEED, tasks)
-    touching = scenes(args.n, SEED, tasks, touching=True).img
+    touching = scenes(args.n, SEED, tasks,
+                      touching=True).img
     rng = np.random.default_rng(args.seed)
     words = f"{ROOT}/{SPEC.bert_vocab}"
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, ""]
@@ -333,14 +335,16 @@ def train_imagereward(args):
 
     model = ImageReward(wordpiece=WordPiece(words), **SHAPES_REWARD)
     width = SHAPES_REWARD["vision"][0]
-    model.pos.data[0, 1:] = grid_code(SIZE // SHAPES_REWARD["patch"], width)
+    side = SIZE // SHAPES_REWARD["patch"]
+    model.pos.data[0, 1:] = grid_code(side, width)
     easy = 0.5                           # share of wrong captions that are just another picture's
     if args.go_on:
         easy, path = 0.1, f"{ROOT}/assets/shapes/imagereward.safetensors"
         load_state(model, read_weights(path), path)
     img, touching = torch.from_numpy(img), torch.from_numpy(touching)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        good, worse = drawings(img, touching, prompts, args.n // 3)
+        good, worse = drawings(img, touching,
+                               prompts, some=args.n // 3)
 
     def false(prompt):
         if rng.random() < easy:
