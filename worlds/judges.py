@@ -39,9 +39,8 @@ def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None)
 
     def score(part, img):
         """(b, 2 + rewards) of uint8 images (b, 3, H, W): right or wrong, chroma, rewards."""
-        right = []
-        for line, pixels in zip(metadata[part], img.cpu().numpy()):
-            right.append(verdict(line, *detect(pixels))[0])
+        pictures = zip(metadata[part], img.cpu().numpy())
+        right = [verdict(line, *detect(pixels))[0] for line, pixels in pictures]
         chroma = (img.amax(1) - img.amin(1)).float().mean((1, 2)) / 255      # (b,)
         scores = rewards(img.float() / 255, prompts[part])
         columns = [torch.tensor(right).to(chroma), chroma, *(scores[name] for name in names)]
@@ -76,10 +75,12 @@ def load_detector(args, device):
         return detect(np.array(image).transpose(2, 0, 1))
 
     def detector(image):
-        return see(image)[0]
+        found, _ = see(image)
+        return found
 
     def color_of(image, box, name):
-        return see(image)[1](box, name)
+        _, color = see(image)
+        return color(box, name)
 
     note = "not comparable with published GenEval, whose detector is another"
     facts = dict(detector="worlds/shapes.py", note=f"worlds/shapes.py detects: {note}")

@@ -101,7 +101,8 @@ def tokenizer_loss(tok, centers, img):
 
 
 def train_tokenizer(args):
-    img = torch.from_numpy(scenes(args.n, SEED).img)
+    drawn = scenes(args.n, SEED)
+    img = torch.from_numpy(drawn.img)
     model = SPEC.Tokenizer(**SPEC.tokenizer)
     model.to(memory_format=torch.channels_last)
     centers, codes = code_patches(img[:3000].float() / 255, model.V,
@@ -223,8 +224,10 @@ def spoiled(e):
     """
     B, side = len(e), round(e.shape[1] ** 0.5)
 
-    def stripe(low, size):
+    def stripe():
         """(B, side): some rows or columns that follow each other."""
+        low = torch.randint(side - 2, (B, 1))
+        size = torch.randint(1, 6, (B, 1))
         at = torch.arange(side)
         return (low <= at) & (at < low + size)
 
@@ -232,8 +235,8 @@ def spoiled(e):
         """True in half of the pictures."""
         return torch.rand(B, *shape) < 0.5
 
-    rows = stripe(torch.randint(side - 2, (B, 1)), torch.randint(1, 6, (B, 1)))
-    columns = stripe(torch.randint(side - 2, (B, 1)), torch.randint(1, 6, (B, 1)))
+    rows = stripe()
+    columns = stripe()
     rectangle = rows[:, :, None] & columns[:, None]
     dots = torch.rand(B, side, side) < 0.3 * torch.rand(B, 1, 1)
     change = torch.where(half(1, 1), rectangle, dots)[..., None]
