@@ -1,10 +1,14 @@
-"""Fashion-MNIST, the default world: 70,000 photographs of clothes, 28x28, 10 classes (Xiao et al. 2017).
+"""Fashion, the default world: 70,000 photographs of clothes, 28x28, 10 classes (Xiao et al. 2017).
 
-    python worlds/fashion.py                                     # writes data/fashion/: the training set as tokens
-    python worlds/fashion.py --pack assets/fashion/tokens.npz    # the packed copy that this repository ships
+    python worlds/fashion.py                                     # data/fashion/, as tokens
+    python worlds/fashion.py --pack assets/fashion/tokens.npz    # the packed copy that ships
 
-The four raw files come from Debian (`apt-get install dataset-fashion-mnist`) or, failing that, from torchvision's
-downloader. Images are padded to 32x32 and never flipped: all shoes point left, and a teacher should know that.
+It is real data with a real distribution, and small: a diffusion model of it learns in minutes. It
+has a feature space of its own for FID, `FashionNet`.
+
+The four raw files come from Debian (`apt-get install dataset-fashion-mnist`) or, where that is
+missing, from torchvision's downloader. Images are padded to 32x32 and never flipped: all shoes
+point left, and a teacher should know that.
 """
 
 import argparse
@@ -21,126 +25,142 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data.tokens import describe, load_tokenizer, token_dtype, write_folder, write_packed  # noqa: E402
-from machinery.errors import UserError  # noqa: E402
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from data.tokens import (describe, load_tokenizer, token_dtype,  # noqa: E402
+                         write_folder, write_packed)
+from machinery.errors import UserError, first_line, guard  # noqa: E402
 from machinery.files import ROOT, replacing  # noqa: E402
 from metrics.reference import load_reference  # noqa: E402
 from networks.weights import load_state, read_weights  # noqa: E402
 
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"
-CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+ASSETS = f"{ROOT}/assets/fashion"
+CLASSES = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 COUNT = {"train": 60_000, "t10k": 10_000}
+INSTALL = ("install Debian's package dataset-fashion-mnist, or name a folder with the four .gz "
+           "files by --raw")
 
 
-def read_idx(path):
-    """The array in a gzipped IDX file of bytes; ValueError if it is cut short or of another kind."""
+# ----------------------------------------------------------------------------- the photographs
+def read_idx(path, shape):
+    """The bytes in a gzipped IDX file of this shape; ValueError if it has another."""
+    n = 1 + len(shape)
     with gzip.open(path) as f:
-        zero, kind, ndim = struct.unpack(">HBB", f.read(4))
-        shape = struct.unpack(">" + "I" * ndim, f.read(4 * ndim))
+        header = struct.unpack(f">{n}I", f.read(4 * n))
         data = np.frombuffer(f.read(), np.uint8)
-    if zero or kind != 8 or data.size != np.prod(shape):
-        raise ValueError(f"{path}: expected an IDX file of {shape} bytes, got {data.size} bytes of kind {kind}")
+    if header != (0x800 + len(shape), *shape):                               # 8: unsigned bytes
+        raise ValueError(f"{path}: expected {shape[0]} images of 28x28 and a class for each, "
+                         f"got an array of {header[1:]}")
     return data.reshape(shape)
 
 
-def load_images(split="train", raw=None):
-    """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of split "train" (60,000) or "t10k" (10,000)."""
-    if raw is None:
-        raw = DEBIAN if os.path.isdir(DEBIAN) else download()
-    try:
-        img = read_idx(os.path.join(raw, f"{split}-images-idx3-ubyte.gz"))
-        labels = read_idx(os.path.join(raw, f"{split}-labels-idx1-ubyte.gz"))
-        if img.shape != (COUNT[split], 28, 28) or labels.shape != img.shape[:1] or labels.max() >= len(CLASSES):
-            raise ValueError(f"{split}: expected {COUNT[split]} images of 28x28 and a class for each, "
-                             f"got images {img.shape} and labels {labels.shape}")
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as err:
-        raise UserError(f"cannot read Fashion-MNIST's files in {raw} ({err}); install Debian's package "
-                        "dataset-fashion-mnist, or name a folder with the four .gz files by --raw")
-    return np.pad(img, ((0, 0), (2, 2), (2, 2)))[:, None], labels.copy()
-
-
-def download(root=os.path.join(ROOT, "data", "fashion_raw")):
+def download():
     """The folder of raw files as torchvision's downloader leaves it."""
+    root = f"{ROOT}/data/fashion_raw"
     try:
         from torchvision.datasets import FashionMNIST
         FashionMNIST(root, download=True)
-    except Exception as err:                          # no network, no torchvision, a broken mirror: one sentence
-        why = (str(err).splitlines() or [""])[0]
+    except Exception as err:             # no network, no torchvision, a broken mirror: one sentence
         raise UserError(f"Fashion-MNIST is not in {DEBIAN} and could not be downloaded to {root} "
-                        f"({type(err).__name__}: {why}); install Debian's package dataset-fashion-mnist, or name a "
-                        "folder with the four .gz files by --raw")
-    return os.path.join(root, "FashionMNIST", "raw")
+                        f"({type(err).__name__}: {first_line(err)}); {INSTALL}")
+    return f"{root}/FashionMNIST/raw"
 
 
+def load_images(split="train", raw=None):
+    """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of "train" (N = 60,000) or "t10k" (10,000).
+
+    raw: a folder with the four files. The default is Debian's; without it they are downloaded.
+    """
+    if raw is None:
+        raw = DEBIAN if os.path.isdir(DEBIAN) else download()
+    n = COUNT[split]
+    try:
+        img = read_idx(f"{raw}/{split}-images-idx3-ubyte.gz", (n, 28, 28))
+        labels = read_idx(f"{raw}/{split}-labels-idx1-ubyte.gz", (n,))
+        if labels.max() >= len(CLASSES):
+            raise ValueError(f"{split}: there are classes above {len(CLASSES) - 1}")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as err:
+        raise UserError(f"cannot read Fashion-MNIST's files in {raw} ({err}); {INSTALL}")
+    img = np.pad(img, ((0, 0), (2, 2), (2, 2)))                              # (N, 32, 32)
+    return img[:, None], labels.copy()
+
+
+# -------------------------------------------------------------------- the feature space of its FID
 class FashionNet(nn.Module):
-    """A small classifier of clothes, (B, 1, 32, 32). Its features see texture: mean and deviation of every map.
+    """A small classifier: images (B, 1, 32, 32) in [0, 1] -> (features (B, dim), logits (B, 10)).
 
-    They are standardized over the training set, so that no layer dominates a distance.
+    Its features see texture: they are mean and deviation of every map of every layer. They are
+    standardized over the training set, so that no layer dominates a distance.
     """
 
-    def __init__(self, widths=(16, 24, 32, 32), strides=(1, 2, 2, 1), classes=10):
+    def __init__(self):
         super().__init__()
-        self.dim, self.classes = 2 * sum(widths), classes
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, s, padding=1, bias=False)
-                                   for a, b, s in zip((1, *widths), widths, strides))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths)
+        widths, strides = (16, 24, 32, 32), (1, 2, 2, 1)
+        self.dim, self.classes = 2 * sum(widths), len(CLASSES)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+            for before, after, stride in zip((1, *widths), widths, strides))
+        self.norms = nn.ModuleList(map(nn.BatchNorm2d, widths))
         self.standard = nn.BatchNorm1d(self.dim, affine=False)
-        self.head = nn.Linear(self.dim, classes)
+        self.head = nn.Linear(self.dim, self.classes)
 
     def forward(self, img):
         h, stats = img, []
         for conv, norm in zip(self.convs, self.norms):
-            h = F.relu(norm(conv(h)))                            # (B, width, H, W), 32 to 8 px
-            mean = h.mean((2, 3), keepdim=True)                                               # (B, width, 1, 1)
-            stats += [mean[:, :, 0, 0], ((h - mean).square().mean((2, 3)) + 1e-6).sqrt()]
-        features = self.standard(torch.cat(stats, 1))                                         # (B, dim)
+            h = F.relu(norm(conv(h)))                                        # (B, width, H, W)
+            mean = h.mean((2, 3), keepdim=True)                              # (B, width, 1, 1)
+            variance = (h - mean).square().mean((2, 3))
+            stats += [mean[:, :, 0, 0], (variance + 1e-6).sqrt()]
+        features = self.standard(torch.cat(stats, 1))                        # (B, dim)
         return features, self.head(features)
 
 
+def load_extractor(spec, device="cpu"):
+    """(extractor, reference) that ship for a teacher's images: fashion's, else (None, None).
+
+    Teachers of other images need --reference or --real.
+    """
+    if spec.world != "fashion":
+        return None, None
+    path = f"{ASSETS}/classifier.safetensors"
+    extractor = load_state(FashionNet(), read_weights(path), path)
+    extractor.to(device).eval().requires_grad_(False)
+    return extractor, load_reference(f"{ASSETS}/reference.npz", extractor.dim, device)
+
+
+# ------------------------------------------------------------------------- photographs to tokens
 def main(args):
-    folder = (os.path.dirname(args.pack) or ".") if args.pack else args.out
-    os.makedirs(folder, exist_ok=True)                # what cannot be written is said before the work
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write into {folder}: name another place by {'--pack' if args.pack else '--out'}")
+    folder = args.out
+    if args.pack:
+        folder = os.path.dirname(args.pack) or "."
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):                                       # said before the work
+        raise UserError(f"cannot write into {folder}: name another place by --out or --pack")
+
     img, labels = load_images("train", args.raw)
     tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)
     meta = describe(tokenizer, "maskbit-tiny", "Fashion-MNIST, training set")
     meta |= dict(n=len(img), variants=1, complete=True)
-
-    tokens = np.empty((len(img), meta["L"], meta["G"]), token_dtype(meta["V"]))
-    for i in tqdm(range(0, len(img), 500), unit="batch"):
-        tokens[i : i + 500] = tokenizer.encode(torch.from_numpy(img[i : i + 500]).float() / 255).numpy()
+    parts = tqdm(torch.from_numpy(img).split(500), unit="batch")
+    tokens = torch.cat([tokenizer.encode(part.float() / 255) for part in parts])
+    tokens = tokens.numpy().astype(token_dtype(meta["V"]))                   # (N, L, G)
 
     if args.pack:
         with replacing(args.pack) as f:
             write_packed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
-        print(f"{args.pack}: {len(tokens):,} images, {os.path.getsize(args.pack) / 1e6:.2f} MB")
     else:
         write_folder(args.out, tokens, labels, meta)
-        print(f"{args.out}: {len(tokens):,} images, {tokens.nbytes / 1e6:.2f} MB")
+    print(f"{args.pack or args.out}: {len(tokens):,} images")
 
 
 if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--out", default=os.path.join(ROOT, "data", "fashion"), help="folder to write")
-    ap.add_argument("--pack", metavar="FILE.npz", help="write one compressed file instead of the folder")
+    ap = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--out", default=f"{ROOT}/data/fashion", help="folder to write (%(default)s)")
+    ap.add_argument("--pack", metavar="FILE.npz",
+                    help="write one compressed file instead of the folder")
     ap.add_argument("--raw", metavar="DIR", help="folder with the four .gz files")
-    ap.add_argument("--tokenizer_weights", metavar="PATH", help="another tokenizer than the one in assets/")
-    try:
-        main(ap.parse_args())
-    except UserError as err:
-        ap.exit(2, f"fashion.py: {err}\n")
-    except OSError as err:
-        ap.exit(2, f"fashion.py: cannot write ({err}); nothing that was there before is damaged\n")
-ASSETS = os.path.join(ROOT, "assets", "fashion")
-
-
-def load_extractor(spec, device="cpu"):
-    """(extractor, reference) that ship for a teacher's images, or (None, None): others need --reference or --real."""
-    if spec.world != "fashion":
-        return None, None
-    path = os.path.join(ASSETS, "classifier.safetensors")
-    extractor = load_state(FashionNet(), read_weights(path), path).to(device).eval().requires_grad_(False)
-    return extractor, load_reference(os.path.join(ASSETS, "reference.npz"), extractor.dim, device)
+    ap.add_argument("--tokenizer_weights", metavar="PATH",
+                    help="another tokenizer than the one in assets/")
+    guard(lambda: main(ap.parse_args()))

@@ -1,4 +1,9 @@
-"""Which judge a world has."""
+"""How the worlds' pictures are scored: the one place that knows which judge a world has.
+
+A judge is a function judge(make_images, n, batch=, seed=, desc=) -> a row of results. Its
+make_images, and the way batches go to processes, are those of `metrics.fid.image_metrics`.
+Photographs of other worlds have no judge here: see `metrics.reference.load_feature_space`.
+"""
 
 import functools
 import os
@@ -7,59 +12,76 @@ import numpy as np
 import torch
 
 from machinery.files import local
+from metrics.benchmarks import mask2former_detector
 from metrics.engine import in_turn, scored
 from metrics.fid import image_metrics
 from metrics.geneval import geneval_table, verdict
-from metrics.benchmarks import mask2former_detector
 from reward import rewards_for
 from worlds.fashion import load_extractor
 from worlds.shapes import SHAPES, benchmark, detect
 
 
+def judge_fashion(teacher, extractor, reference, make_images, n, batch=250, seed=0, desc=None):
+    """FID and its relatives in FashionNet's feature space, on n images, all classes in turn."""
+    asked = in_turn(teacher.conditions(), n)
+    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc=desc)
+
+
 @torch.no_grad()
 def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None):
-    """The shapes world's judge: GenEval's six tasks, scored exactly by its reader, and rewards, on n prompts.
+    """GenEval's six tasks, scored exactly by the reader of shapes, and rewards, on n prompts.
 
-    Chroma, max - min of a pixel's colors in [0, 1], tells over-saturation: what becomes of a reward without Di[M]O.
-
-    The arguments are those of `image_metrics`, and batches go to processes in the same way.
+    Chroma, max - min of a pixel's colors in [0, 1], tells over-saturation, which is what a reward
+    without Di[M]O ends in.
     """
     prompts, metadata = benchmark(n, seed)
-    rows, names = teacher.conditions(prompts), list(rewards.models)
+    names = list(rewards.models)
 
     def score(part, img):
-        right = [verdict(meta, *detect(pixels))[0] for meta, pixels in zip(metadata[part], img.cpu().numpy())]
+        """(b, 2 + rewards) of uint8 images (b, 3, H, W): right or wrong, chroma, rewards."""
+        pictures = zip(metadata[part], img.cpu().numpy())
+        right = [verdict(line, *detect(pixels))[0] for line, pixels in pictures]
+        chroma = (img.amax(1) - img.amin(1)).float().mean((1, 2)) / 255      # (b,)
         scores = rewards(img.float() / 255, prompts[part])
-        chroma = (img.amax(1) - img.amin(1)).float().mean((1, 2)) / 255                       # (b,)
-        return torch.stack([torch.tensor(right).to(chroma), chroma, *(scores[name] for name in names)], 1)
+        columns = [torch.tensor(right).to(chroma), chroma, *(scores[name] for name in names)]
+        return torch.stack(columns, 1)
 
-    right, facts = scored(make_images, rows, score, 2 + len(names), batch, seed, desc)
-    tasks = geneval_table((meta["tag"], r) for meta, r in zip(metadata, right[:, 0].tolist()))
-    means = dict(zip(("chroma", *names), right[:, 1:].mean(0).tolist()))
+    asked, width = teacher.conditions(prompts), 2 + len(names)
+    scores, facts = scored(make_images, asked, score, width, batch, seed, desc)
+    tags = [line["tag"] for line in metadata]
+    tasks = geneval_table(zip(tags, scores[:, 0].tolist()))
+    means = dict(zip(["chroma", *names], scores[:, 1:].mean(0).tolist()))
     return {"n": n, **tasks, **means, **facts, "reader": "worlds/shapes.py"}
 
 
 def load_judge(teacher, device="cpu"):
-    """judge(make_images, n, batch=, seed=, desc=) -> a row of results for this teacher's world, or None.
-
-    Fashion is judged by FID and its relatives, shapes by GenEval and CLIP; photographs by `load_feature_space`, not here.
-    """
+    """The judge of this teacher's world; None without a world, or without the rewards' weights."""
     spec = teacher.spec
     if spec.world == "fashion":
-        extractor, reference = load_extractor(spec, device)
-        conditions = teacher.conditions()
-        return lambda make, n, batch=250, seed=0, desc=None: image_metrics(make, in_turn(conditions, n), extractor, reference, batch, seed, desc=desc)
-    if spec.world == "shapes" and all(os.path.exists(local(path)) for path, _ in spec.rewards.values()):
+        return functools.partial(judge_fashion, teacher, *load_extractor(spec, device))
+    files = [local(path) for path, _ in spec.rewards.values()]
+    if spec.world == "shapes" and all(map(os.path.exists, files)):
         rewards = rewards_for(spec, spec.rewards, device=device)
         return functools.partial(judge_shapes, teacher, rewards)
     return None
 
 
 def load_detector(args, device):
-    """(detector, color_of, the classes they know, what rows say of them) for --detector."""
-    if args.detector == "shapes":
-        see = lambda image: detect(np.array(image).transpose(2, 0, 1))
-        note = "worlds/shapes.py detects: not comparable with published GenEval, whose detector is another"
-        return (lambda image: see(image)[0], lambda image, box, name: see(image)[1](box, name), SHAPES,
-                dict(detector="worlds/shapes.py", note=note))
-    return mask2former_detector(args, device)
+    """(detector, color_of, the classes they know, what rows say of them), as --detector says."""
+    if args.detector != "shapes":
+        return mask2former_detector(args, device)
+
+    def see(image):
+        return detect(np.array(image).transpose(2, 0, 1))
+
+    def detector(image):
+        found, _ = see(image)
+        return found
+
+    def color_of(image, box, name):
+        _, color = see(image)
+        return color(box, name)
+
+    note = "not comparable with published GenEval, whose detector is another"
+    facts = dict(detector="worlds/shapes.py", note=f"worlds/shapes.py detects: {note}")
+    return detector, color_of, SHAPES, facts

@@ -1,0 +1,152 @@
+"""What is worth knowing about the shapes world, in numbers and pictures.
+
+    python worlds/measure_shapes.py --accuracy                # how often the reader is right
+    python worlds/measure_shapes.py --reward_accuracy         # how often the rewards are
+    python worlds/measure_shapes.py --alike teacher out/run/ckpt.pt    # do pictures repeat?
+    python worlds/measure_shapes.py --sheet out/shapes.png    # a picture of 40 scenes
+    python worlds/measure_shapes.py --prompts FILE --n 4000   # captions, to distill from
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from machinery.errors import guard  # noqa: E402
+from machinery.files import replacing  # noqa: E402
+from machinery.flags import nonnegative_int, positive_int  # noqa: E402
+from machinery.pictures import sheet  # noqa: E402
+from metrics.geneval import TASKS, geneval_table, verdict  # noqa: E402
+from reward import rewards_for  # noqa: E402
+from teachers import (SPECS, generate_student,  # noqa: E402
+                      generate_teacher, load_student, load_teacher)
+from worlds.shapes import (KINDS, MIXED, astray,  # noqa: E402
+                           benchmark, caption, detect,
+                           render, scenes)
+
+
+def accuracy(n=6000, seed=5):
+    """Share of fresh renderings in which the reader finds what was asked for, per task.
+
+    It decides by GenEval's rules.
+    """
+    rows = []
+    for i in range(n):
+        rng = np.random.default_rng([seed, i])
+        _, metadata, objects, relation = caption(rng, TASKS[i % len(TASKS)])
+        img = render(rng, objects, relation).transpose(2, 0, 1)
+        right, _ = verdict(metadata, *detect(img))
+        rows.append((metadata["tag"], right))
+    return geneval_table(rows)
+
+
+def what_changed(prompt, other):
+    """The kind of word in `other` that `prompt` lacks, or "order"."""
+    for name, kind in zip(("place", "color", "shape", "shape", "number"), KINDS):
+        if any(word in other and word not in prompt for word in kind):
+            return name
+    return "order"
+
+
+@torch.no_grad()
+def reward_accuracy(n=1500, seed=5):
+    """How often each reward is right on fresh scenes: {reward: {what is wrong: share}}.
+
+    It should give a picture more for its caption than for one gone astray, here by the kind of word
+    that is wrong; and more than it gives to a picture in which objects touch. "taste" should be
+    low: the standard deviation over pictures that fit a caption, by that over all pairs of a
+    picture and a caption.
+    """
+    rng, spec = np.random.default_rng(seed), SPECS["meissonic-tiny"]
+    rewards = rewards_for(spec, spec.rewards)
+    img, prompts, _ = scenes(n, seed)
+    touching = scenes(n, seed, touching=True).img
+    twins = scenes(n, seed, again=1).img
+    wrong = [astray(rng, prompt) for prompt in prompts]
+    kinds = np.array([what_changed(*pair) for pair in zip(prompts, wrong)])
+    several = (touching != img).any((1, 2, 3))
+
+    def score(img, prompts):
+        return rewards(torch.from_numpy(img).float() / 255, prompts)
+
+    own, of_wrong = score(img, prompts), score(img, wrong)
+    of_touching, of_twin = score(touching, prompts), score(twins, prompts)
+    table = {}
+    for name in own:
+        r, r_wrong = own[name], of_wrong[name]
+        right = (r > r_wrong).numpy()
+        row = {kind: right[kinds == kind].mean() for kind in sorted(set(kinds))}
+        row["touching"] = (r > of_touching[name]).numpy()[several].mean()
+        row["taste"] = (r - of_twin[name]).std() / 2**0.5 / torch.cat([r, r_wrong]).std()
+        table[name] = {kind: round(float(share), 3) for kind, share in row.items()}
+    return table
+
+
+@torch.no_grad()
+def alike(path, n=24, times=12, seed=3):
+    """Share of tokens that agree in two pictures of a prompt, over n prompts; 1 if all are one.
+
+    path: a student, or "teacher" for the teacher's own steps.
+    """
+    if path == "teacher":
+        teacher = load_teacher("meissonic-tiny")
+        steps = next(iter(teacher.spec.sampling))
+        draw = functools.partial(generate_teacher, teacher, steps=steps)
+    else:
+        teacher, net, _ = load_student(path, "meissonic-tiny")
+        draw = functools.partial(generate_student, teacher, net, **teacher.spec.student)
+    torch.manual_seed(seed)
+    prompts = np.repeat(benchmark(n, seed)[0], times).tolist()
+    img = draw(teacher.conditions(prompts))
+    x = torch.cat([teacher.tokenizer.encode(part.float() / 255) for part in img.split(250)])
+    x = x.view(n, times, -1)
+    same = (x[:, :, None] == x[:, None]).float().mean(-1)                    # (n, times, times)
+    pairs = n * times * (times - 1)
+    return ((same.sum() - n * times) / pairs).item()
+
+
+def show(facts):
+    print(json.dumps(facts, indent=1))
+
+
+def main(args):
+    if args.accuracy:
+        show(accuracy())
+    if args.reward_accuracy:
+        show(reward_accuracy())
+    for path in args.alike:
+        show({"student": path, "alike": round(alike(path), 3)})
+    if args.prompts:
+        with replacing(args.prompts) as f:
+            for i in range(args.n):
+                rng = np.random.default_rng([args.seed, 78, i])
+                prompt = caption(rng, str(rng.choice(MIXED))).prompt
+                f.write(f"{prompt}\n".encode())
+    if args.sheet:
+        drawn = scenes(40)
+        rows = [("scenes of the shapes world", torch.from_numpy(drawn.img))]
+        sheet(rows, args.sheet, columns=10, words=drawn.prompts)
+
+
+if __name__ == "__main__":
+    ap = argparse.ArgumentParser(description=__doc__,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--accuracy", action="store_true",
+                    help="score fresh renderings by the reader")
+    ap.add_argument("--reward_accuracy", action="store_true",
+                    help="how often the rewards prefer the right caption, by what is wrong")
+    ap.add_argument("--alike", nargs="+", metavar="CKPT", default=(),
+                    help="share of tokens that agree in two pictures of a prompt, of students "
+                         "(checkpoints or weights), or of: teacher")
+    ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
+    ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one per line")
+    ap.add_argument("--n", type=positive_int, default=40_000,
+                    help="how many captions to write (%(default)s)")
+    ap.add_argument("--seed", type=nonnegative_int, default=0,
+                    help="seed of the captions that are written")
+    guard(lambda: main(ap.parse_args()))
