@@ -32,13 +32,14 @@ from data.tokens import RealTokens, TextFeatures, synthetic_prompts
 from dimo import (aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
-from machinery.checkpoint import (FORMAT, append_rows, logged_evaluations, restarted,
-                                  resumed_settings, save_checkpoint, trim_log)
+from machinery.checkpoint import (FORMAT, logged_evaluations, restarted, resumed_settings,
+                                  save_checkpoint, trim_log)
 from machinery.errors import UserError, guard
 from machinery.files import local, read_tensors
 from machinery.optim import Trained, ema_update, lr_factor
 from machinery.processes import autocast, barrier, is_main, join_processes, rank, world_size
 from machinery.profile import Profile, phase
+from machinery.records import append_rows
 from networks.weights import load_state
 from recipes.settings import flags, settle
 from reward import reward_grad, rewards_for

@@ -70,12 +70,6 @@ def restarted(path):
 
 
 # ---------------------------------------------------------------------------------------- the log
-def append_rows(path, rows):
-    """Add JSON lines to a file, one per row (a dict)."""
-    with open(path, "a") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def trim_log(path, step):
     """Keep the whole lines of a log up to `step`: what a killed run wrote after its checkpoint is
     done again.

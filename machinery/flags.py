@@ -51,6 +51,33 @@ def check_device(device):
         raise UserError("--device cuda: this machine has no usable GPU; take --device cpu")
 
 
+# ------------------------------------------------------------------------- what scripts have in common
+def parser(description):
+    """An argparse parser that shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_device(add):
+    add("--device", choices=["cuda", "cpu"], default=default_device(),
+        help="where to compute (%(default)s)")
+
+
+def add_weights(add, *names):
+    """--NAME_weights for networks whose published files may be replaced by local ones."""
+    for name in names:
+        add(f"--{name}_weights", metavar="PATH", help="local file instead of the published one")
+
+
+def add_teacher_files(add):
+    """The flags whose values teachers.load_teacher takes: where the networks come from."""
+    add_weights(add, "teacher", "tokenizer", "text")
+    add("--text_activation", choices=["gelu", "quick_gelu"],
+        help="activation of the text encoder, where its files leave it open")
+    add("--random_weights", action="store_true", help="no files at all: to try memory and speed")
+
+
+# --------------------------------------------------------------------- a recipe between default and flag
 class Flags:
     """Flags that come last: where one is not given, a recipe may speak before the default does.
 
@@ -58,8 +85,7 @@ class Flags:
     """
 
     def __init__(self, description):
-        self.parser = argparse.ArgumentParser(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.parser = parser(description)
         self.defaults = {}
 
     def group(self, title):

@@ -9,10 +9,10 @@ import os
 
 from safetensors.torch import save
 
-from machinery.checkpoint import append_rows
 from machinery.files import local, replacing
 from machinery.pictures import sheet, spread
 from machinery.processes import is_main
+from machinery.records import append_rows
 from metrics.tables import headline, table
 from teachers import fixed_sample, generate_student, generate_teacher
 
