@@ -57,6 +57,12 @@ def soft_embed(z, E, bias=0.0, mask=None, tau=1.0):
 
 
 # ------------------------------------------------------------------- the estimators it replaces
+def gumbel(u):
+    """Standard Gumbel noise, -log(-log u), from uniforms u in [0, 1)."""
+    exponential = -u.clamp(min=1e-20).log()
+    return -exponential.clamp(min=1e-20).log()
+
+
 def gumbel_noise(shape, device="cpu", generator=None):
     """Standard Gumbel noise, -log(-log u)."""
     return -(-torch.rand(shape, device=device, generator=generator).clamp_(1e-20, 1 - 1e-7).log()).log()
