@@ -48,9 +48,11 @@ from machinery.files import local
 from machinery.pictures import spread
 from machinery.processes import now
 from networks import published_names as published
+from networks import sizes
 from networks.autoencoders import BitTokenizer, Encoder, VQTokenizer, bits_of
 from networks.blocks import Attention, JointBlock, Network, PostNormBlock, PreNormBlock, RMSNorm
 from networks.blocks import SingleBlock, linear32, modulate, rope_table, sinusoid
+from networks.sizes import SHAPES_CLIP, SHAPES_REWARD
 from networks.text import TextTower
 from networks.titok import TATiTok
 from networks.weights import fetch, load_state, read_weights
@@ -523,12 +525,12 @@ def schedule_ratio(q, schedule):
 
 def hidden_counts(units, N, schedule):
     """Units left masked after each step: floor(units * ratio), one fewer at least; at the end 0."""
-    counts, hidden = [], units
+    hidden = units
     for i in range(1, N):
         ratio = float(schedule_ratio(i / N, schedule))
         hidden = max(min(math.floor(units * ratio), hidden - 1), 1)
-        counts.append(hidden)
-    return [*counts, 0]
+        yield hidden
+    yield 0
 
 
 def rise(r):
@@ -541,8 +543,7 @@ def maskbit_plan(units, N, guidance=0.0, temperature=0.0, schedule="arccos"):
 
     temperature T: noise T (1 - (i+1)/N).
     """
-    return [Step(w=1 + guidance * rise((i / N) ** 3), noise=temperature * (1 - (i + 1) / N),
-                 hidden=hidden)
+    return [Step(1 + guidance * rise((i / N) ** 3), temperature * (1 - (i + 1) / N), hidden)
             for i, hidden in enumerate(hidden_counts(units, N, schedule))]
 
 
@@ -644,9 +645,9 @@ def to_bytes(img, spec):
 @torch.no_grad()
 def decode_tokens(tokenizer, x, cond=()):
     """Tokens (B, L, G) -> images (B, C, H, W) in [0, 1]."""
-    V, top = tokenizer.V, int(x.max())
-    if top >= V:
-        raise ValueError(f"expected tokens below V = {V}, got {top}: unmask before decoding")
+    if int(x.max()) >= tokenizer.V:
+        raise ValueError(f"expected tokens below V = {tokenizer.V}, got {int(x.max())}: unmask "
+                         "before decoding")
     return tokenizer.decode(embed_tokens(x, *tokenizer.tables()), cond)
 
 
@@ -729,8 +730,8 @@ def export(teacher, net, path, **start):
         img = tokenizer.pixels(embed_tokens(x, *tokenizer.tables()), cond)   # in one piece
         return to_bytes(img.clamp(0, 1), teacher.spec)
 
-    networks = [m for m in (net, tokenizer, teacher.text) if m is not None]
-    export_program(draw, networks, teacher.conditions(["a photo"] * 3)[:3], path)
+    asked = teacher.conditions(["a photo"] * 3)[:3]
+    export_program(draw, (net, tokenizer, teacher.text), asked, path)
 
 
 # ---------------------------------------------------------------------------- the four teachers
@@ -767,8 +768,7 @@ MEISSONIC = Spec(
     Net=Meissonic,
     net={},
     Tokenizer=VQTokenizer,
-    tokenizer=dict(widths=(128, 256, 256, 512, 768), latent=64, embed=64, V=8192, attention=(),
-                   signed=False),
+    tokenizer=sizes.MEISSONIC_TOKENIZER,
     plan=meissonic_plan,
     sampling={64: dict(guidance=9.0, temperature=2.0)},
     image=(3, 1024, 1024),
@@ -790,16 +790,8 @@ MASKGEN = Spec(
     sampling={16: dict(guidance=12.0, temperature=2.0)},
     image=(3, 256, 256),
     student=dict(init_ratio=0.9, noise=0.1, temperature=1.0),
-    text=dict(width=768, heads=12, depth=12, out=768, quick_gelu=True),
+    text=sizes.MASKGEN_TEXT,
     files=published.MASKGEN_FILES)
-
-# Sizes of the shapes world's rewards, for open_clip and for ImageReward.
-SHAPES_CLIP = dict(
-    embed_dim=128,
-    vision_cfg=dict(image_size=32, patch_size=4, width=96, layers=3, head_width=32),
-    text_cfg=dict(context_length=16, vocab_size=341, width=64, heads=2, layers=3))
-SHAPES_REWARD = dict(size=32, patch=4, vision=(64, 4, 2), text=(64, 2, 2), mlp=256, vocab=33,
-                     positions=16, head=(32, 16))
 
 # The others differ from these in what is said here. Of the tiny ones, maskbit-tiny knows clothes
 # and meissonic-tiny shapes (README, "The tiny world"); two have no weights, and let you try code.
@@ -823,8 +815,8 @@ SPECS = {spec.name: spec for spec in (
     replace(
         MASKBIT,
         name="maskbit-tiny",
-        net=dict(bits=10, grid=8, width=128, depth=4, heads=4, mlp=512, classes=10),
-        tokenizer=dict(channels=1, hidden=32, mult=(1, 2, 2), blocks=1, bits=10, norm_groups=8),
+        net=sizes.MASKBIT_TINY,
+        tokenizer=sizes.MASKBIT_TINY_TOKENIZER,
         sampling={16: dict(guidance=5.0, temperature=11.0)},
         image=(1, 32, 32),
         student=dict(init_ratio=0.6, noise=0.1, temperature=1.0),
@@ -835,9 +827,8 @@ SPECS = {spec.name: spec for spec in (
     replace(
         MASKGIT,
         name="maskgit-tiny",
-        net=dict(V=64, grid=8, width=64, depth=4, heads=4, mlp=128, classes=10),
-        tokenizer=dict(widths=(16, 32, 32), blocks=1, latent=8, embed=8, V=64, norm_groups=8,
-                       attention=(2,)),
+        net=sizes.MASKGIT_TINY,
+        tokenizer=sizes.MASKGIT_TINY_TOKENIZER,
         sampling={4: dict(guidance=3.0, temperature=4.5)},
         image=(3, 32, 32),
         student=dict(init_ratio=0.6, noise=0.1, temperature=1.0),
@@ -845,15 +836,12 @@ SPECS = {spec.name: spec for spec in (
     replace(
         MEISSONIC,
         name="meissonic-tiny",
-        net=dict(V=512, table=520, grid=(8, 8), heads=4, head_width=32, joint=2, single=3,
-                 text_width=64, axes=(8, 12, 12), micro=(32, 32, 0, 0, 6.0)),
-        tokenizer=dict(widths=(32, 64, 64), blocks=1, latent=16, embed=16, V=512, norm_groups=8,
-                       attention=(), signed=False),
+        net=sizes.MEISSONIC_TINY,
+        tokenizer=sizes.MEISSONIC_TINY_TOKENIZER,
         sampling={32: dict(guidance=2.5, temperature=2.0)},
         image=(3, 32, 32),
         student=dict(init_ratio=0.985, noise=0.1, temperature=0.3),
-        text=dict(width=64, heads=2, depth=3, out=128, vocab=341, context=16,
-                  pads_with_bang=True),
+        text=sizes.MEISSONIC_TINY_TEXT,
         negative="",
         prompts="assets/shapes/prompts.txt",
         files={"net": (None, "assets/shapes/teacher.safetensors"),
@@ -866,12 +854,11 @@ SPECS = {spec.name: spec for spec in (
     replace(
         MASKGEN,
         name="maskgen-tiny",
-        net=dict(V=64, L=16, width=64, depth=3, heads=4, text_width=32, micro=16, spare=11),
-        tokenizer=dict(V=64, L=16, size=32, patch=8, embed=8, enc=(32, 2, 2), dec=(48, 2, 4),
-                       text=16, text_width=32),
+        net=sizes.MASKGEN_TINY,
+        tokenizer=sizes.MASKGEN_TINY_TOKENIZER,
         sampling={4: dict(guidance=12.0, temperature=2.0)},
         image=(3, 32, 32),
-        text=dict(width=32, heads=2, depth=2, context=16, out=32, quick_gelu=True),
+        text=sizes.MASKGEN_TINY_TEXT,
         files={}),
 )}
 
@@ -918,8 +905,8 @@ def assemble(spec, modules, device="cpu"):
         module.to(device).eval().requires_grad_(False)
     teacher = Teacher(spec=spec, **modules)
     if teacher.text is not None:
-        text, pooled, *_ = teacher.cond(teacher.conditions([spec.negative]))
-        teacher.net.null_text, teacher.net.null_pooled = text, pooled
+        empty = teacher.cond(teacher.conditions([spec.negative]))
+        teacher.net.null_text, teacher.net.null_pooled = empty[:2]
     return teacher
 
 

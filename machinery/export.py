@@ -13,7 +13,7 @@ class Program(nn.Module):
     def __init__(self, function, networks):
         super().__init__()
         self.function = function
-        self.networks = nn.ModuleList(networks)
+        self.networks = nn.ModuleList(m for m in networks if m is not None)
 
     def forward(self, inputs):
         return self.function(inputs)
