@@ -65,22 +65,18 @@ class Spec:
     """All that this repository knows of a teacher. To add one, write one Spec and put it in SPECS.
 
     name         what --teacher calls it
-    Net          class of the transformer, which keeps the interface above; `net`: its arguments
-    Tokenizer    class of the tokenizer, likewise; `tokenizer`: its arguments
-    plan         the sampler: plan(units, steps, **settings) -> [Step], a row per step
-    sampling     {steps: settings of plan}; the first is the default, any other number of steps
-                 takes the settings of the nearest
+    Net, net     class of the transformer, which keeps the interface above, and its arguments
+    Tokenizer, tokenizer       likewise
+    plan         the sampler: plan(units, steps, **settings) -> a Step per step
+    sampling     {steps: settings of plan}; the first is the default, others take the nearest's
     image        (C, H, W) in pixels
-    student      how its one-step student starts and draws (Tab. 5): init_ratio, noise (the scale of
-                 the perturbation), temperature
+    student      how its student starts and draws (Tab. 5): init_ratio, noise, temperature
     rounds       pixels become uint8 by rounding, and not by truncation: as its authors do
-    noise_scale  standard deviation of the perturbation at noise = 1; None: the root mean square of
-                 the embedding table
+    noise_scale  std of the perturbation at noise = 1; None: root mean square of the table
     text         arguments of its TextTower; None: conditions are class labels
     negative     the prompt of the unconditional branch
     prompts      a file with what it is asked for, where nobody says
-    files        {role: (hub repository or None, file)} of the published weights; None: in assets/.
-                 Roles are net, tokenizer and text
+    files        {role: (hub repository, file)}; roles are those below, None stands for assets/
     world        the tiny world it draws, "fashion" or "shapes", where worlds/judges.py scores it
     record       a file with evaluations of it that ship, JSON lines
     rewards      a tiny world's own rewards: {name: (file, its sizes)}
@@ -170,7 +166,11 @@ class Teacher(NamedTuple):
 
 
 class MDM(Network):
-    """What the four transformers share."""
+    """What the four transformers share.
+
+    grid: rows and columns of the tokens, feature_grid those of the features; None where tokens have
+    no place in the image.
+    """
 
     G = 1
 
@@ -181,11 +181,6 @@ class MDM(Network):
     def at(self, cond, t):
         """cond with the sampler's time t; most teachers see from the masks how far they are."""
         return cond
-
-    @property
-    def feature_grid(self):
-        """Rows and columns of the features; None where tokens have no place in the image."""
-        return self.grid
 
 
 class ClassMDM(MDM):
@@ -229,14 +224,14 @@ class MaskBit(ClassMDM):
 
     published_names = published.MASKBIT
     published_extras = r"bits_to_indices$"
-
     G = 2
 
     def __init__(self, bits=14, grid=16, width=1024, depth=24, heads=16, mlp=4096, classes=1000,
                  dropout=0.0):
         super().__init__()
         self.bits, self.V = bits, 2 ** (bits // self.G)
-        self.grid, self.L = (grid, grid), grid**2
+        self.grid = self.feature_grid = (grid, grid)
+        self.L = grid**2
         self.width, self.depth, self.classes = width, depth, classes
         self.input_proj = nn.Linear(bits, width)
         self.class_emb = nn.Embedding(classes + 1, width)                   # last: the null class
@@ -258,7 +253,7 @@ class MaskBit(ClassMDM):
         self.set_dropout(dropout)
 
     def tables(self):
-        """E (G, V+1, d): an entry's bits through the input layer, the mask's zeros; its bias (d,)."""
+        """E (G, V+1, d): bits of an entry, zeros of the mask, by the input layer; and its bias."""
         n = self.bits // self.G
         weight = self.input_proj.weight.view(-1, self.G, n)                 # (d, G, n)
         rows = bits_of(torch.arange(self.V, device=weight.device), n)
@@ -291,13 +286,14 @@ class MaskBit(ClassMDM):
 #     maskgit-512     1024  32x32   768    24     16    176,306,666 + the same
 #     maskgit-tiny      64   8x8     64     4      4    the same classes, without weights
 class MaskGit(ClassMDM):
-    """MaskGit's transformer: e (B, L, d), labels (B,) -> logits z (B, L, 1, V+1), the mask's last."""
+    """MaskGit's transformer: e (B, L, d), labels (B,) -> z (B, L, 1, V+1), the mask's last."""
 
     published_names = published.MASKGIT
 
     def __init__(self, V=1024, grid=16, width=768, depth=24, heads=16, mlp=3072, classes=1000):
         super().__init__()
-        self.V, self.grid, self.L = V, (grid, grid), grid**2
+        self.grid = self.feature_grid = (grid, grid)
+        self.V, self.L = V, grid**2
         self.width, self.depth, self.classes = width, depth, classes
         entries = V + 1 + classes + 1                                       # tokens, mask,
         self.tok_emb = nn.Embedding(entries, width)                         # classes, null class
@@ -359,7 +355,9 @@ class Meissonic(TextMDM):
                  single=28, text_width=1024, axes=(16, 56, 56), micro=(1024, 1024, 0, 0, 6.0)):
         super().__init__()
         D = heads * head_width
-        self.V, self.grid, self.L = V, grid, math.prod(grid)
+        H, W = self.grid = grid
+        self.feature_grid = (H // 2, W // 2)
+        self.V, self.L = V, H * W
         self.width, self.depth = D, joint + single
         self.axes, self.micro = axes, micro
         linear = functools.partial(nn.Linear, bias=False)
@@ -386,18 +384,13 @@ class Meissonic(TextMDM):
         return torch.cat([E[: self.V], E[-1:]])[None], E.new_zeros(())      # (1, V+1, d)
 
     def condition(self, states, final, pooled):
-        """The text tower's outputs -> cond. No padding mask: it was trained to attend to padding."""
+        """The text tower's outputs -> cond. Without padding mask: that is how it was trained."""
         B = len(pooled)
         micro = torch.tensor(self.micro, device=pooled.device).expand(B, -1)
         return states, pooled, micro, torch.zeros(B, device=pooled.device)
 
     def at(self, cond, t):
         return (*cond[:3], torch.full_like(cond[3], t))
-
-    @property
-    def feature_grid(self):
-        H, W = self.grid
-        return H // 2, W // 2
 
     def modulation(self, pooled, micro, t):
         """The vector (B, D) that modulates every block."""
@@ -460,7 +453,7 @@ class MaskGen(TextMDM):
     the published table that nothing uses.
     """
 
-    grid = None
+    grid = feature_grid = None
     published_names = published.MASKGEN
     published_config = published.MASKGEN_SIZES
 
@@ -515,7 +508,7 @@ class Step(NamedTuple):
 
 
 def schedule_ratio(q, schedule):
-    """Share of units masked at progress q: falls from 1 to 0, by a schedule of training or `root`."""
+    """Share of units masked at progress q, falling from 1 to 0: as in training, or `root`."""
     q = torch.as_tensor(q, dtype=torch.float32)
     powers = {"linear": 1, "square": 2, "root": 0.5}
     if schedule in powers:
@@ -563,7 +556,7 @@ def maskgit_plan(units, N, guidance=3.0, temperature=4.5, schedule="arccos"):
 
 
 def meissonic_plan(units, N, guidance=9.0, temperature=2.0, schedule="cosine"):
-    """guidance: w itself, constant. temperature T: noise from T in the first step to 0 at the end."""
+    """guidance: w itself, constant. temperature T: noise, from T in the first step to 0."""
     noise = torch.linspace(temperature, 0, N).tolist()
     return [Step(guidance, *row) for row in zip(noise, hidden_counts(units, N, schedule))]
 
@@ -610,8 +603,8 @@ def sample(net, cond, plan, *, x=None, order=None, rand=torch.rand):
             confidence = score + step.noise * gumbel(u_noise)
         else:
             confidence = -order.to(z).expand(x.shape)
-        confidence = torch.where(masked, confidence, torch.inf)
-        k = (masked.flatten(1).sum(1) - 1).clamp(1, step.hidden)            # (B,), one fewer or less
+        confidence = torch.where(masked, confidence, torch.inf)             # known units stay
+        k = (masked.flatten(1).sum(1) - 1).clamp(1, step.hidden)            # (B,)
         ranked = confidence.flatten(1).sort(1).values                       # all units of a sample
         threshold = ranked.gather(1, k[:, None] - 1)                        # (B, 1)
         masked = masked & (confidence <= threshold[:, None])
@@ -670,11 +663,10 @@ def student_tokens(teacher, net, asked, init_ratio=0.6, noise=0.1, temperature=1
 
     temperature 0 is argmax.
     """
-    E, bias = net.tables()
     cond = teacher.cond(asked)
     tokens, scores, u, n = teacher.draw_start(net, asked.shape[0], generator)
     x_init = initial_tokens(tokens, init_ratio, scores, net.V)              # Alg. 1, l. 4
-    z = student_logits(net, x_init, cond, E, bias, noise, n)                # l. 5: (B, L, G, V)
+    z = student_logits(net, x_init, cond, *net.tables(), noise, n)          # l. 5: (B, L, G, V)
     x = sample_tokens(z, temperature, u).clamp_(max=net.V - 1)              # l. 6, no masks
     return z, x, cond
 
@@ -898,7 +890,7 @@ def build(spec, role, path=None, random_weights=False, text_activation=None):
 
 
 def assemble(spec, modules, device="cpu"):
-    """Networks by role -> the frozen Teacher on its device, its unconditional condition prepared."""
+    """Networks by role -> the frozen Teacher, its unconditional condition prepared."""
     if isinstance(modules["tokenizer"].encoder, Encoder):
         modules["tokenizer"].to(memory_format=torch.channels_last)          # a tenth faster
     for module in modules.values():

@@ -30,8 +30,8 @@ def export_program(function, networks, inputs, path):
     """Write a function as a file of torch.export, for any batch from 2 on.
 
     networks are those whose weights it uses, inputs (n, ...) is an example. The file runs on the
-    kind of device on which it was written, and torch.manual_seed fixes what it draws. The program is
-    compared with the function before it is kept.
+    kind of device on which it was written, and torch.manual_seed fixes what it draws. The program
+    is compared with the function before it is kept.
     """
     model = Program(function, networks).eval()
     dynamic = {0: torch.export.Dim("batch", min=2)}

@@ -71,7 +71,7 @@ def split_heads(qkv, heads):
 
 
 def rotate(x, rope):
-    """Rotary positions: adjacent pairs of x (B, heads, T, d) turned by rope, cos and sin (T, d/2)."""
+    """Rotary positions: adjacent pairs of x (B, heads, T, d) turned; rope: cos, sin (T, d/2)."""
     cos, sin = rope
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
@@ -84,8 +84,8 @@ def attend(q, k, v, rope=None, dropout=0.0):
     """
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if on_cpu and q.requires_grad and k.shape[2] <= 512:
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and q.dtype == torch.bfloat16 and q.requires_grad and k.shape[2] <= 512:
         # the fused kernel's backward pass is five times slower there
         p = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
         y = F.dropout(p, dropout) @ v
@@ -105,8 +105,8 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(0.0)             # holds the rate; `attend` drops
 
     def forward(self, x):
-        q, k, v = split_heads(self.qkv(x), self.heads)
-        return self.out(attend(q, k, v, dropout=self.drop.p if self.training else 0.0))
+        dropout = self.drop.p if self.training else 0.0
+        return self.out(attend(*split_heads(self.qkv(x), self.heads), dropout=dropout))
 
 
 # ----------------------------------------------------------- blocks of class-to-image networks
@@ -170,9 +170,8 @@ class Modulated(nn.Module):
         self.heads = heads
         self.mod = nn.Linear(width, parts * width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = (
-            RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2)
-        )
+        Norm = RMSNorm if qk_norm else nn.Identity
+        self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
 
     def enter(self, h, s):
         """h (B, T, D), condition s (B, D) -> h modulated, its (q, k, v), the other parts."""
@@ -265,7 +264,7 @@ def angles(text, rows, columns, axes, device):
     place[text:, 1] = torch.arange(rows).repeat_interleave(columns)
     place[text:, 2] = torch.arange(columns).repeat(rows)
     turns = [10_000 ** -(torch.arange(0, n, 2, dtype=torch.float64) / n) for n in axes]
-    angle = torch.cat([c[:, None] * turn for c, turn in zip(place.T, turns)], 1)
+    angle = torch.cat(list(map(torch.outer, place.T, turns)), 1)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 

@@ -1,10 +1,10 @@
-"""The teachers' published files: where they are, and what they call things that we call otherwise.
+"""The teachers' published files: where they are, and how their names become ours.
 
-Each table of names has a line per part of a network: their name, our name. A rule is applied to what the
-rules above it left. "*" is a number. A name that begins with "." matches anywhere in a key, others
-match its beginning. "qkv#1" is the second of three matrices that we keep as one, and "^T" says that
-the file holds the transpose. networks/weights.py applies the rules, and is strict: every tensor
-must find its place.
+Each table of names has a line per part of a network: their name, our name. A rule is applied to
+what the rules above it left. "*" is a number. A name that begins with "." matches anywhere in a
+key, others match its beginning. "qkv#1" is the second of three matrices that we keep as one, and
+"^T" says that the file holds the transpose. networks/weights.py applies the rules, and is strict:
+every tensor must find its place.
 
 Names of the tokenizers and of the rewards stand with their networks.
 """

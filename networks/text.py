@@ -28,10 +28,9 @@ def clip_ids(prompts, context, V, pads_with_bang=False):
     for row, prompt in zip(ids, prompts):
         pieces = prompt.split("!") if pads_with_bang else [prompt]
         pairs = []
-        for piece in pieces:
-            pairs += [0, *byte_pairs().encode(piece)]       # a padding token before each piece,
-        pairs = [i % start for i in pairs[1 : context - 1]]     # but the first
-        words = [start, *pairs, end]
+        for piece in pieces:                        # a padding token before each but the first
+            pairs += [0, *byte_pairs().encode(piece)]
+        words = [start, *(i % start for i in pairs[1 : context - 1]), end]
         row[: len(words)] = torch.tensor(words)
     return ids
 
@@ -48,30 +47,19 @@ class TextTower(nn.Module):
     published_names = TEXT_TOWER
     published_extras = TEXT_TOWER_EXTRAS
 
-    def __init__(
-        self,
-        width=1024,
-        heads=16,
-        depth=24,
-        out=1024,
-        vocab=49408,
-        context=77,
-        quick_gelu=False,
-        pads_with_bang=False,
-    ):
+    def __init__(self, width=1024, heads=16, depth=24, out=1024, vocab=49408, context=77,
+                 quick_gelu=False, pads_with_bang=False):
         super().__init__()
         try:
             from open_clip.transformer import QuickGELU, TextTransformer
         except ImportError:
             raise UserError("text teachers read prompts by open_clip: pip install open_clip_torch")
-        self.context, self.vocab, self.pads_with_bang = context, vocab, pads_with_bang
-        activation = QuickGELU if quick_gelu else nn.GELU
-        self.tower = TextTransformer(
-            context, vocab, width, heads, depth, output_dim=out, act_layer=activation
+        self.tokenize = functools.partial(
+            clip_ids, context=context, V=vocab, pads_with_bang=pads_with_bang
         )
-
-    def tokenize(self, prompts):
-        return clip_ids(prompts, self.context, self.vocab, self.pads_with_bang)
+        activation = QuickGELU if quick_gelu else nn.GELU
+        self.tower = TextTransformer(context, vocab, width, heads, depth, output_dim=out,
+                                     act_layer=activation)
 
     @torch.no_grad()
     def forward(self, ids):
