@@ -385,7 +385,7 @@ class Meissonic(TextMDM):
 
     def condition(self, states, final, pooled):
         """The text tower's outputs -> cond. Without padding mask: that is how it was trained."""
-        B = len(pooled)
+        B = pooled.shape[0]                      # len() would fix the batch of an exported program
         micro = torch.tensor(self.micro, device=pooled.device).expand(B, -1)
         return states, pooled, micro, torch.zeros(B, device=pooled.device)
 
@@ -397,7 +397,7 @@ class Meissonic(TextMDM):
         def wave(x):
             return torch.cat(sinusoid(x, 256), -1).to(pooled.dtype)         # cosines first
 
-        v = torch.cat([pooled, wave(micro.flatten()).view(len(pooled), -1)], 1)
+        v = torch.cat([pooled, wave(micro.flatten()).view(t.shape[0], -1)], 1)
         return F.silu(self.embed_time(wave(1000 * t)) + self.embed_text(self.embed_cond(v)))
 
     def forward(self, e, cond, layers=(), s=0.0, noise=None):
@@ -472,7 +472,7 @@ class MaskGen(TextMDM):
         nn.init.normal_(self.tok_emb.weight, std=0.02)
 
     def condition(self, states, final, pooled):
-        return states, pooled, pooled.new_full((len(pooled),), self.score), final
+        return states, pooled, pooled.new_full(pooled.shape[:1], self.score), final
 
     def forward(self, e, cond, layers=(), s=0.0, noise=None):
         text, pooled, score, _ = cond

@@ -174,13 +174,13 @@ class Modulated(nn.Module):
         self.q_norm, self.k_norm = Norm(width // heads), Norm(width // heads)
 
     def enter(self, h, s):
-        """h (B, T, D), condition s (B, D) -> h modulated, its (q, k, v), the other parts."""
+        """h (B, T, D), condition s (B, D) -> (q, k, v), and: h modulated, the other parts."""
         shift, scale, *others = self.mod(s)[:, None].split(h.shape[-1], -1)     # (B, 1, D) each
         if self.reverse:
             shift, scale = scale, shift
         h = modulate(h, shift, scale)
         q, k, v = split_heads(self.qkv(h), self.heads)
-        return h, (self.q_norm(q), self.k_norm(k), v), others
+        return (self.q_norm(q), self.k_norm(k), v), [h, *others]
 
 
 class Stream(Modulated):
@@ -217,8 +217,8 @@ class JointBlock(nn.Module):
     def forward(self, h, s, rope=None):
         """h = text (B, S, D) and image (B, N, D), condition s (B, D) -> both anew."""
         text, image = h
-        _, text_qkv, text_parts = self.text.enter(text, s)
-        _, image_qkv, image_parts = self.image.enter(image, s)
+        text_qkv, (_, *text_parts) = self.text.enter(text, s)
+        image_qkv, (_, *image_parts) = self.image.enter(image, s)
         q, k, v = (torch.cat(pair, 2) for pair in zip(text_qkv, image_qkv))     # text first
         attended = attend(q, k, v, rope)                                        # (B, S+N, D)
         to_text, to_image = attended.split([text.shape[1], image.shape[1]], 1)
@@ -236,7 +236,7 @@ class SingleBlock(Modulated):
         self.proj_out = nn.Linear(5 * width, width)
 
     def forward(self, h, s, rope):
-        n, qkv, (gate,) = self.enter(h, s)
+        qkv, (n, gate) = self.enter(h, s)
         a = attend(*qkv, rope)                                                  # (B, T, D)
         f = F.gelu(self.proj_mlp(n), approximate="tanh")                        # (B, T, 4 D)
         return h + gate * self.proj_out(torch.cat([a, f], -1))
