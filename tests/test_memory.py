@@ -1,0 +1,107 @@
+"""Memory of a training step, counted at full size without a GPU: fake tensors hold no data."""
+
+import functools
+import weakref
+
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dimo
+import soft_embed as se
+from teachers import SPECS
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def see(self, t):
+        storage = t.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.see(t)
+        return out
+
+
+def halve(net):
+    """net.halve(), for fake tensors."""
+    for block in [*net.blocks, *net.single]:
+        for m in block.modules():
+            if isinstance(m, nn.Linear):
+                m.weight, m.bias = (
+                    nn.Parameter(p.bfloat16(), requires_grad=False) for p in (m.weight, m.bias)
+                )
+
+
+def trainable(net):
+    """Adam over all but the frozen parameters, its moments made, as from the first step on."""
+    for p in net.frozen():
+        p.requires_grad_(False)
+    opt = torch.optim.Adam(net.parameters(), foreach=False)
+    for p in net.parameters():
+        p.grad = torch.empty_like(p) if p.requires_grad else None
+    opt.step()
+    opt.zero_grad()
+    return opt
+
+
+def test_memory_of_a_meissonic_step_at_1024_pixels_counts_well_below_80_gb():
+    B, L, d, V, spec = 4, 4096, 1024, 8192, SPECS["meissonic"]
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    with FakeTensorMode(), LiveBytes() as live:
+        teacher, student, aux, ema = (spec.Net(**spec.net) for _ in range(4))
+        tokenizer = spec.Tokenizer(**spec.tokenizer)
+        for m in (teacher, ema, tokenizer):
+            m.requires_grad_(False)
+        halve(teacher)
+        for m in (teacher, student, aux, tokenizer):
+            m.set_checkpointing()
+        student_opt, aux_opt = trainable(student), trainable(aux)
+        cond = torch.empty(B, 77, 1024), torch.empty(B, 1024), torch.empty(B, 5), torch.empty(B)
+        teacher.null_text, teacher.null_pooled = cond[0][:1], cond[1][:1]
+        x = torch.zeros(B, L, 1).long()
+        mask = torch.ones(B, L, 1).bool()
+        noise = torch.empty(B, L, d)
+        E, bias = (t.detach() for t in student.tables())
+        embed = functools.partial(se.embed_tokens, E=E, bias=bias)
+
+        live.peak = live.now                                # a step of Di[M]O, as in train.py
+        with bf16:
+            z = dimo.student_logits(student, x, cond, E, bias, 0.3, noise)
+            drawn = se.sample_tokens(z.detach(), u=torch.empty(B, L, 1))
+            z.backward(dimo.dimo_grad(teacher, aux, embed(drawn), cond, mask, 4.0))
+        student_opt.step()
+        student_opt.zero_grad()
+        with bf16:
+            dimo.aux_loss(aux(embed(drawn), cond), drawn, mask).backward()
+        aux_opt.step()
+        aux_opt.zero_grad()
+        del z, drawn
+        step, rest = live.peak, live.now
+
+        live.peak = rest                                    # the decoder, for rewards
+        z = torch.empty(1, L, 1, V, requires_grad=True)
+        tokenizer.decode(se.soft_embed(z, *tokenizer.tables())).mean().backward()
+        decoder = live.peak - rest
+    print(f"at rest {rest / 1e9:.1f} GB, Di[M]O step {step / 1e9:.1f}, "
+          f"decoder {decoder / 1e9:.1f} above rest")
+    assert 30e9 < rest < 32e9
+    assert step < 40e9
+    assert decoder < 11e9
