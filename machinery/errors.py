@@ -1,5 +1,6 @@
 """Errors are sentences: what was expected, what came, what to do. Scripts run behind `guard`."""
 
+import contextlib
 import os
 import re
 import sys
@@ -15,6 +16,18 @@ class UserError(Exception):
 def first_line(err, most=200):
     """The beginning of an error's message, on one line."""
     return (str(err).splitlines() or [""])[0][:most]
+
+
+@contextlib.contextmanager
+def explain(sentence, *errors):
+    """Turn `errors` (OSError and ValueError, if none are named) into a UserError.
+
+    {} in the sentence stands for the reason: "cannot read x.json ({}): expected a list".
+    """
+    try:
+        yield
+    except errors or (OSError, ValueError) as err:
+        raise UserError(sentence.replace("{}", f"{type(err).__name__}: {first_line(err)}"))
 
 
 def peer_is_gone(err):
