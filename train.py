@@ -472,8 +472,8 @@ def load_conditions(run):
 def open_files(run):
     """Resume from the checkpoint, or make the folder ready for a new run; say what runs."""
     c = run.c
-    run.ckpt_path = os.path.join(c.out, "ckpt.pt")
-    run.log_path = os.path.join(c.out, "log.jsonl")
+    run.ckpt_path = f"{c.out}/ckpt.pt"
+    run.log_path = f"{c.out}/log.jsonl"
     run.first_step = 0
     run.skipped = torch.zeros((), device=run.device)              # counted on the device
     run.in_a_row = torch.zeros((), device=run.device)
@@ -515,7 +515,7 @@ def main():
     command = flags(__doc__)
     given = vars(command.parser.parse_args())
     out = given.get("out", command.defaults["out"])
-    path = os.path.join(out, "ckpt.pt")
+    path = f"{out}/ckpt.pt"
     if restarted(path):
         given |= dict(resume=True, overwrite=False)
     if given.get("resume"):

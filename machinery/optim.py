@@ -26,16 +26,13 @@ def lr_factor(n, warmup, steps, end=1.0):
 
 @torch.no_grad()
 def ema_update(ema, net, n, decay):
-    """ema <- rate ema + (1 - rate) net, with the official ramp rate = min(decay, (1 + n) / (10 +
-    n)), n = 0, 1, ...
-    """
+    """ema <- rate ema + (1 - rate) net at update n = 0, 1, ..., with the official ramp of the rate."""
     rate = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
 
 
 class Muon:
-    """Matrices by Muon (Jordan et al. 2024), its steps scaled to the size of Adam's; the rest by
-    Adam.
+    """Matrices by Muon (Jordan et al. 2024) with steps of Adam's size; the rest by Adam.
 
     Changes nothing where found_inf is 1, as fused Adam does. # choice: torch's Muon does not read
     found_inf on the device, so here the host waits for it: this optimizer is for the tiny worlds.

@@ -199,7 +199,7 @@ def check(c):
         raise UserError("--zero shards the state of adam and adamw: leave it out, or take "
                         "another --optimizer than muon")
     check_device(c.device)
-    occupied = os.path.exists(os.path.join(c.out, "ckpt.pt"))
+    occupied = os.path.exists(f"{c.out}/ckpt.pt")
     if occupied and not (c.resume or c.overwrite or c.profile):
         raise UserError(f"--out {c.out} already holds a run: go on with --resume, start anew "
                         "with --overwrite, or name another folder")

@@ -1,4 +1,4 @@
-"""What several test files share: seeded weights, comparisons, small networks, tiny runs.
+"""What several test files share: seeded weights, comparisons, small networks.
 
 Expected numbers ("golden") stand in tests/golden/*.json. They were measured on public
 implementations, at small sizes and on weights that `seeded` makes from names and shapes alone: so
@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import pathlib
 import zlib
 
@@ -24,17 +23,13 @@ import evaluate
 import reward
 import soft_embed as se
 import teachers
-import train
-from data import prompts
 from data.tokens import load_tokens
 from machinery.errors import UserError
-from metrics import geneval
 from networks import autoencoders, blip, inception, titok, weights
 from networks import clip as clip_net
 from networks import text as text_net
 from networks.autoencoders import BitTokenizer
-from recipes import tiny as tiny_recipes
-from teachers import SPECS, MaskBit, Spec, load_teacher
+from teachers import MaskBit, Spec, load_teacher
 from tests.published_files import (clip_file, clip_reward_file, generator_file, imagereward_file,
                                    maskgen_file, maskgit_file, meissonic_file,
                                    open_clip_file,  # noqa: F401  (tests import them from here)
@@ -251,11 +246,6 @@ def tiny_inputs(name):
     return teacher, x, se.embed_tokens(x, *net.tables()), teacher.cond(asked)
 
 
-@pytest.fixture(scope="module")
-def tiny():                                             # for tests/test_evaluate.py alone
-    return teachers.load_teacher("maskbit-tiny", random_weights=True)
-
-
 # --------------------------------------------------------------------------------------
 # Small rewards
 # --------------------------------------------------------------------------------------
@@ -333,14 +323,6 @@ def load(path):
     return tokens, labels, meta
 
 
-def listed(tmp_path, name, content, *flags):
-    """What becomes of a source file of prompts: the lines of prompts.txt."""
-    source, out = tmp_path / name, tmp_path / "out.txt"
-    source.write_bytes(content if isinstance(content, bytes) else content.encode())
-    prompts.main(prompts.parser().parse_args([str(source), "--out", str(out), *flags]))
-    return out.read_bytes().decode().split("\n")[:-1]
-
-
 def photos(folder, n=24, shift=0, kind="png"):
     """Noise of 0 to 199 in unequal sizes: one gray, one of 16 bits, one in a subfolder."""
     (folder / "sub").mkdir(parents=True)
@@ -358,100 +340,10 @@ def photos(folder, n=24, shift=0, kind="png"):
     return str(folder)
 
 
-def lines(path):
-    """How many lines a file has; 0 if there is no file."""
-    if not os.path.exists(path):
-        return 0
-    with open(path) as f:
-        return sum(1 for _ in f)
-
-
-# --------------------------------------------------------------------------------------
-# Runs of train.py: seconds each
-# --------------------------------------------------------------------------------------
 NANO = Spec("nano", MaskBit, dict(bits=6, grid=4, width=32, depth=3, heads=2, mlp=64, classes=3),
             BitTokenizer, dict(channels=1, hidden=8, mult=(1, 2), blocks=1, bits=6, norm_groups=4),
             teachers.maskbit_plan, {4: dict(guidance=1.0, temperature=1.0)}, image=(1, 8, 8),
             student=dict(init_ratio=0.6, noise=0.1, temperature=1.0))
-
-
-def nano_run(folder, **kw):
-    """Settings of a run of some seconds: nano teacher with random weights, nano real tokens."""
-    SPECS["nano"] = NANO
-    tiny_recipes.RECIPES["nano"] = dict(teacher="nano", batch=8, steps=6, lr=1e-3, ema=0.9, warmup=2, gan=True, w_gan=1.0, gan_start=0, heads=2,
-                                 head_width=16, head_mlp=16, log_every=1, save_every=2, eval_every=0, n_eval=0,
-                                 random_weights=True, data=os.path.join(folder, "data.npz"), device="cpu", dtype="fp32")
-    rng = np.random.default_rng(0)
-    if not os.path.exists(os.path.join(folder, "data.npz")):
-        np.savez(os.path.join(folder, "data.npz"), tokens=rng.integers(0, 8, (30, 16, 2)).astype(np.uint8),
-                 labels=rng.integers(0, 3, 30).astype(np.uint8))
-    given = {"teacher": "nano", "out": os.path.join(folder, "run"), **kw}
-    return train.settle(given, train.flags()[1])
-
-
-def run(folder, **kw):
-    """Train in `folder`; the checkpoint."""
-    c = nano_run(folder, **kw)
-    train.train(c)
-    return torch.load(os.path.join(c.out, "ckpt.pt"), weights_only=True)
-
-
-def same(a, b):
-    """Nested dicts, lists and tensors equal to the last bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
-
-
-NETS = ("student", "aux", "disc", "ema", "optimizers", "step")
-
-
-def other_world(folder, name):
-    """Real tokens for a tiny teacher, made up; a text teacher's come with prompts."""
-    os.makedirs(folder, exist_ok=True)
-    rng, spec = np.random.RandomState(0), SPECS[name]
-    net = load_teacher(name, random_weights=True).net
-    np.save(f"{folder}/tokens.npy", rng.randint(0, net.V, (20, net.L, net.G)).astype(np.uint8))
-    np.save(f"{folder}/labels.npy", rng.randint(0, 5, 20).astype(np.uint16))
-    with open(f"{folder}/prompts.txt", "w") as f:
-        f.write("a red circle\ntwo dogs!\na fox\na\n\n" if spec.text else "")
-    with open(f"{folder}/meta.json", "w") as f:
-        json.dump({"V": net.V, "complete": True}, f)
-    return folder
-
-
-def one_of_two(rank, folder, port, *runs):
-    """Process `rank` of two: the nano runs with these settings, one after the other."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    for kw in runs:
-        train.train(nano_run(folder, **kw))
-
-
-# --------------------------------------------------------------------------------------
-# GenEval: is it what was asked for?
-# --------------------------------------------------------------------------------------
-A, B, C, D = (1, 1, 9, 9), (0, 0, 5, 5), (6, 6, 9, 9), (1, 1, 2, 2)             # boxes
-LEFT, ABOVE, BELOW = (
-    [("dog", 1), ("cat", 1, {"position": [name, 0]})] for name in ("left of", "above", "below"))
-
-
-def judge(tag, include, exclude, seen):
-    """The verdict on seen, {class: [(box, score, color), ...]}.
-
-    include and exclude are what the prompt asks for, [(class, count, more), ...].
-    """
-    def clauses(part):
-        return [{"class": name, "count": count, **dict(*more)} for name, count, *more in part]
-
-    def color(box, name):
-        return next(color for other, _, color in seen[name] if other == box)
-
-    metadata = dict(tag=tag, include=clauses(include), exclude=clauses(exclude))
-    boxes = {name: [found[:2] for found in objects] for name, objects in seen.items()}
-    return geneval.verdict(metadata, boxes, color)
 
 
 # --------------------------------------------------------------------------------------
@@ -489,12 +381,3 @@ def inception_state():
     return state
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):                            # for tests/test_evaluate.py alone
-    path = str(tmp_path_factory.mktemp("inception") / "plain.pth")
-    counts = {}                             # one file has the counts, one does not: both are about
-    for name in inception_file():
-        if "mean" in name:
-            counts[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(7)
-    torch.save(inception_state() | counts, path)
-    return path

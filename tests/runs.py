@@ -8,20 +8,14 @@ import numpy as np
 import torch
 
 import train
-from networks.autoencoders import BitTokenizer
 from recipes import settings
 from recipes.settings import settle
-from teachers import SPECS, MaskBit, Spec, load_teacher, maskbit_plan
+from teachers import SPECS, load_teacher
+from tests.common import NANO
 
 NETS = ("student", "aux", "disc", "ema", "optimizers", "step")
 
-SPECS["nano"] = Spec(
-    name="nano", Net=MaskBit,
-    net=dict(bits=6, grid=4, width=32, depth=3, heads=2, mlp=64, classes=3),
-    Tokenizer=BitTokenizer,
-    tokenizer=dict(channels=1, hidden=8, mult=(1, 2), blocks=1, bits=6, norm_groups=4),
-    plan=maskbit_plan, sampling={4: dict(guidance=1.0, temperature=1.0)},
-    image=(1, 8, 8), student=dict(init_ratio=0.6, noise=0.1, temperature=1.0))
+SPECS["nano"] = NANO
 settings.RECIPES["nano"] = dict(
     teacher="nano", batch=8, steps=6, lr=1e-3, ema=0.9, warmup=2, gan=True, w_gan=1.0, gan_start=0,
     heads=2, head_width=16, head_mlp=16, log_every=1, save_every=2, eval_every=0, n_eval=0,
