@@ -24,8 +24,8 @@ class Network(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def walk(self, blocks, h, layers=(), *args, first=0):
-        """h through the blocks, numbered from `first`, and what comes out of each of `layers`.
+    def walk(self, blocks, h, layers=(), *args, view=lambda h: h, first=0):
+        """h through the blocks, numbered from `first`, and view(h) after each of `layers`.
 
         It goes no deeper than the last of them: the discriminator needs no logits.
         """
@@ -33,7 +33,7 @@ class Network(nn.Module):
         for i, block in enumerate(blocks, first):
             h = self.run(block, h, *args)
             if i in layers:
-                features.append(h)
+                features.append(view(h))
             if layers and i >= max(layers):
                 break
         return h, features
