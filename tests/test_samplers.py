@@ -123,5 +123,7 @@ def test_a_teacher_samples_in_order_of_confidence_unless_asked_for_haltons():
 
     assert torch.equal(draw(), draw(order="confidence"))
     assert not torch.equal(draw(), draw(order="halton"))
-    with pytest.raises(UserError, match="--order halton needs a grid of tokens, and maskgen-tiny's"):
-        teachers.generate_teacher(tiny_teacher("maskgen-tiny"), None, 4, order="halton")
+    teacher = tiny_teacher("maskgen-tiny")
+    asked = teacher.conditions(["a cat"])
+    with pytest.raises(UserError, match="--order halton needs a grid of tokens, and maskgen-tiny"):
+        draw(order="halton")
