@@ -194,9 +194,9 @@ class ClassMDM(MDM):
             e = perturb(e, s, noise)
         label = self.embed_class(cond[0])[:, None]                          # (B, 1, d)
         h = self.enter(torch.cat([e, label], 1) + self.pos_emb)             # (B, L+1, width)
-        h, features = self.walk(self.blocks, h, layers)
+        h, features = self.walk(self.blocks, h, layers, view=lambda h: h[:, : self.L])
         if layers:
-            return [f[:, : self.L] for f in features]
+            return features
         return self.logits(h[:, : self.L])
 
 
@@ -412,14 +412,13 @@ class Meissonic(TextMDM):
         x = self.down(x).flatten(2).transpose(1, 2)                         # (B, N, D), N = L/4
         x = self.proj_tokens(self.norm_tokens(x))
         rope = rope_table(S, *self.feature_grid, self.axes, e.device)
-        (c, x), features = self.walk(self.blocks, (c, x), layers, v, rope)
-        features = [image for _, image in features]
+        h, features = self.walk(self.blocks, (c, x), layers, v, rope, view=lambda h: h[1])
         if layers and max(layers) < joint:
             return features
-        h = torch.cat([c, x], 1)                                            # (B, S+N, D)
-        h, more = self.walk(self.single, h, layers, v, rope, first=joint)
+        h = torch.cat(h, 1)                                                 # (B, S+N, D)
+        h, more = self.walk(self.single, h, layers, v, rope, view=lambda h: h[:, S:], first=joint)
         if layers:
-            return features + [h[:, S:] for h in more]
+            return features + more
         x = self.norm_up(self.proj_out(self.norm_out(h[:, S:])))            # (B, N, D)
         x = self.up(x.transpose(1, 2).unflatten(2, self.feature_grid))      # (B, D, H, W)
         x = self.norm_head(self.head(x.flatten(2).transpose(1, 2)))         # (B, L, D)
@@ -482,9 +481,9 @@ class MaskGen(TextMDM):
         wave = torch.cat([sin, cos], 1).to(pooled.dtype)                    # sines first
         v = F.silu(self.proj_cond(torch.cat([pooled, wave], 1)))            # (B, D), to every block
         h = (self.proj_text(text), e + self.pos_emb)                        # (B, S, D), (B, L, D)
-        (_, x), features = self.walk(self.blocks, h, layers, v)
+        (_, x), features = self.walk(self.blocks, h, layers, v, view=lambda h: h[1])
         if layers:
-            return [x for _, x in features]
+            return features
         scale, shift = self.mod_out(v)[:, None].chunk(2, -1)
         E = self.tok_emb.weight[: self.V]
         return linear32(modulate(x, shift, scale), E)[:, :, None]           # (B, L, 1, V)
@@ -689,18 +688,20 @@ def generate_student(teacher, net, asked, *, seconds=None, **start):
 def generate_teacher(teacher, asked, steps, *, order=None, generator=None, seconds=None, **given):
     """The multi-step teacher: rows (B, ...) of teacher.conditions -> uint8 images (B, C, H, W).
 
-    With the published guidance and temperature for so many steps, or with those given.
+    With the published guidance and temperature for so many steps, or with those given. order: None
+    or "confidence", or "halton".
     """
     began = now(asked.device)
     net, spec, cond = teacher.net, teacher.spec, teacher.cond(asked)
+    ranks = None                                 # those of confidence
     if order == "halton":
         if net.grid is None:
             raise UserError(f"--order halton needs a grid of tokens, and {spec.name}'s have no "
                             "place in the image")
-        order = halton_order(net.grid)
+        ranks = halton_order(net.grid)
     plan = spec.plan(net.L * net.G, steps, **spec.settings(steps, **given))
     rand = functools.partial(torch.rand, generator=generator)
-    x = sample(net, cond, plan, order=order, rand=rand)
+    x = sample(net, cond, plan, order=ranks, rand=rand)
     return to_pixels(teacher, x, cond, began, seconds)
 
 

@@ -24,8 +24,8 @@ class Network(nn.Module):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def walk(self, blocks, h, layers=(), *args, first=0):
-        """h through the blocks, numbered from `first`, and what comes out of each of `layers`.
+    def walk(self, blocks, h, layers=(), *args, view=lambda h: h, first=0):
+        """h through the blocks, numbered from `first`, and view(h) after each of `layers`.
 
         It goes no deeper than the last of them: the discriminator needs no logits.
         """
@@ -33,7 +33,7 @@ class Network(nn.Module):
         for i, block in enumerate(blocks, first):
             h = self.run(block, h, *args)
             if i in layers:
-                features.append(h)
+                features.append(view(h))
             if layers and i >= max(layers):
                 break
         return h, features
@@ -73,8 +73,10 @@ def split_heads(qkv, heads):
 def rotate(x, rope):
     """Rotary positions: adjacent pairs of x (B, heads, T, d) turned; rope: cos, sin (T, d/2)."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))                                # (B, heads, T, d/2, 2)
+    a, b = pairs.unbind(-1)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    return turned.flatten(-2).to(x.dtype)
 
 
 def attend(q, k, v, rope=None, dropout=0.0):
@@ -117,7 +119,10 @@ class PostNormBlock(nn.Module):
         super().__init__()
         self.attn = Attention(width, heads)
         self.norm1 = nn.LayerNorm(width, eps=1e-12)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp), nn.GELU(),
+            nn.Linear(mlp, width)
+        )
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
         self.drop = nn.Dropout(0.0)
 
@@ -154,7 +159,8 @@ class RMSNorm(nn.RMSNorm):
 
 def modulate(h, shift, scale):
     """Adaptive LayerNorm: no learned gains, but those (B, 1, D) that the condition chooses."""
-    return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    h = F.layer_norm(h, h.shape[-1:], eps=1e-6)
+    return h * (1 + scale) + shift
 
 
 class Modulated(nn.Module):
@@ -249,7 +255,8 @@ def sinusoid(t, dim, period=10_000.0):
     Frequencies fall from 1 to 1/period.
     """
     i = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(-math.log(period) * i / (dim // 2))
+    frequency = torch.exp(-math.log(period) * i / (dim // 2))
+    angle = t.float()[:, None] * frequency                                  # (N, dim/2)
     return angle.cos(), angle.sin()
 
 

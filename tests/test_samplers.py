@@ -8,7 +8,8 @@ import torch
 
 import soft_embed as se
 import teachers
-from tests.common import golden, mini_net, uniform
+from machinery.errors import UserError
+from tests.common import golden, mini_net, tiny_teacher, uniform
 from tests.small_teachers import count_masks, small_maskgit, traced_sample
 
 
@@ -46,6 +47,7 @@ def test_sampling_ratios_are_the_golden_ones(schedule):
 
 def test_sampler_reveals_a_unit_every_step_until_one_is_left():
     net, plan = mini_net(), teachers.maskbit_plan(8, 12)    # 8 units, more steps than that
+    assert [step.hidden for step in plan] == [7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 0]
     pairs = [uniform(i, 2, 1, 4, 2) for i in range(12)]
     _, trace = traced_sample(net, (torch.tensor([0]),), plan, pairs)
     left = [8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1]
@@ -109,3 +111,19 @@ def test_given_an_order_the_sampler_keeps_the_lowest_ranks_first():
     assert (x < 32).all()
     for t, hidden in zip(trace, [16, *(step.hidden for step in plan)]):
         assert ((t < 32) == (order < 16 - hidden)).all()
+
+
+def test_a_teacher_samples_in_order_of_confidence_unless_asked_for_haltons():
+    teacher = tiny_teacher("maskgit-tiny")
+    asked = torch.arange(2)
+
+    def draw(**how):
+        generator = torch.Generator().manual_seed(0)
+        return teachers.generate_teacher(teacher, asked, 4, generator=generator, **how)
+
+    assert torch.equal(draw(), draw(order="confidence"))
+    assert not torch.equal(draw(), draw(order="halton"))
+    teacher = tiny_teacher("maskgen-tiny")
+    asked = teacher.conditions(["a cat"])
+    with pytest.raises(UserError, match="--order halton needs a grid of tokens, and maskgen-tiny"):
+        draw(order="halton")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import dimo
 import soft_embed as se
 import teachers
+from networks.blocks import attend, rope_table, rotate
 from networks.text import TextTower
 from teachers import load_teacher
 from tests.common import TINY, close, golden, integers, normal, tiny_inputs, tiny_teacher, uniform
@@ -111,8 +112,8 @@ def value_and_gradients(module, f, e):
     return [out, *torch.autograd.grad(loss, [e, *module.parameters()], allow_unused=True)]
 
 
-def checkpointed(module, f, e, block):
-    """(without, with) checkpointing: value and gradients; and how often the block ran in all."""
+def with_and_without_checkpointing(module, f, e, block):
+    """Value and gradients without and with it, and how often the block ran in all."""
     runs = []
     handle = block.register_forward_pre_hook(lambda *_: runs.append(1))
     results = [value_and_gradients(module.set_checkpointing(on), f, e) for on in (False, True)]
@@ -127,15 +128,20 @@ def test_checkpointing_changes_neither_outputs_nor_gradients(name, part):
     module = copy.deepcopy(getattr(teacher, part)).requires_grad_()
     if part == "net":
         block = module.blocks[-1]
-        results, runs = checkpointed(module, lambda e: module(e, cond), e, block)
     else:
-        convolutional = name != "maskgen-tiny"
-        decoder = module.decoder
-        block = decoder.mid.res_blocks[0] if convolutional else decoder.transformer[-1]
         x = x.clamp(max=teacher.net.V - 1)
         e = se.embed_tokens(x, *module.tables()).detach()
-        decode = lambda e: module.decode(e, cond, clamp=False)              # noqa: E731
-        results, runs = checkpointed(module, decode, e, block)
+        if name == "maskgen-tiny":
+            block = module.decoder.transformer[-1]
+        else:
+            block = module.decoder.mid.res_blocks[0]
+
+    def run(e):
+        if part == "net":
+            return module(e, cond)
+        return module.decode(e, cond, clamp=False)
+
+    results, runs = with_and_without_checkpointing(module, run, e, block)
     assert runs == 1 + 2, "computed again on the way back"
     for a, b in zip(*results, strict=True):
         assert b is None if a is None else torch.equal(a, b)
@@ -212,8 +218,6 @@ def test_distillation_trains_all_but_the_embedding_layer_and_the_output_layer(Ne
 
 
 def test_attention_turns_both_queries_and_keys():
-    from networks.blocks import attend, rope_table, rotate
-
     q, k, v = (normal(seed, 1, 2, 5, 16) for seed in range(3))
     rope = rope_table(1, 2, 2, (4, 6, 6), torch.device("cpu"))
     assert close(attend(q, k, v, rope), attend(rotate(q, rope), rotate(k, rope), v))
