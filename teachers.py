@@ -1,4 +1,4 @@
-"""The teachers: masked diffusion models (MDMs) over image tokens, their tokenizers and samplers.
+"""The teachers: masked diffusion models (MDMs) over image tokens.
 
 Everything else in this repository sees a teacher through one small interface, and never asks which
 one it has:
@@ -19,8 +19,8 @@ one it has:
     teacher.cond(asked)       such rows as a condition: a tuple of tensors, batch first
     teacher.spec              what there is to know of it besides: sizes, settings, files
 
-Student, auxiliary and EMA are further instances of the teacher's `net`. Read networks/blocks.py,
-then one teacher:
+Student, auxiliary and EMA are further instances of the teacher's `net`. Tokenizers and samplers are
+in networks/autoencoders.py, titok.py and samplers.py. Read networks/blocks.py, then one teacher:
 
     MaskBit    class -> image, 256 px   tokens are bits                    post-norm transformer
     MaskGit    class -> image, 256 px   one table for tokens and classes   pre-norm transformer
@@ -41,7 +41,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dimo import guided_logits, initial_tokens, mask_ratio, perturb, student_logits
+from dimo import initial_tokens, perturb, student_logits
 from machinery.errors import UserError
 from machinery.export import export_program
 from machinery.files import local
@@ -52,56 +52,39 @@ from networks import sizes
 from networks.autoencoders import BitTokenizer, Encoder, VQTokenizer, bits_of
 from networks.blocks import Attention, JointBlock, Network, PostNormBlock, PreNormBlock, RMSNorm
 from networks.blocks import SingleBlock, linear32, modulate, rope_table, sinusoid
+from networks.samplers import halton_order, sample
+from networks.samplers import maskbit_plan, maskgen_plan, maskgit_plan, meissonic_plan
 from networks.sizes import SHAPES_CLIP, SHAPES_REWARD
 from networks.text import TextTower
 from networks.titok import TATiTok
 from networks.weights import fetch, load_state, read_weights
-from soft_embed import embed_tokens, gumbel, sample_tokens
+from soft_embed import embed_tokens, sample_tokens
 
 
 # ------------------------------------------------------------------------------- the interface
 @dataclass
 class Spec:
-    """All that this repository knows of a teacher. To add one, write one Spec and put it in SPECS.
+    """All that this repository knows of a teacher. To add one, write a Spec and put it in SPECS."""
 
-    name         what --teacher calls it
-    Net, net     class of the transformer, which keeps the interface above, and its arguments
-    Tokenizer, tokenizer       likewise
-    plan         the sampler: plan(units, steps, **settings) -> a Step per step
-    sampling     {steps: settings of plan}; the first is the default, others take the nearest's
-    image        (C, H, W) in pixels
-    student      how its student starts and draws (Tab. 5): init_ratio, noise, temperature
-    rounds       pixels become uint8 by rounding, and not by truncation: as its authors do
-    noise_scale  std of the perturbation at noise = 1; None: root mean square of the table
-    text         arguments of its TextTower; None: conditions are class labels
-    negative     the prompt of the unconditional branch
-    prompts      a file with what it is asked for, where nobody says
-    files        {role: (hub repository, file)}; roles are those below, None stands for assets/
-    world        the tiny world it draws, "fashion" or "shapes", where worlds/judges.py scores it
-    record       a file with evaluations of it that ship, JSON lines
-    rewards      a tiny world's own rewards: {name: (file, its sizes)}
-    bert_vocab   the file with the vocabulary of its imagereward
-    """
-
-    name: str
-    Net: type
-    net: dict
-    Tokenizer: type
+    name: str                    # what --teacher calls it
+    Net: type                    # class of the transformer, with the interface above ...
+    net: dict                    # ... and its arguments
+    Tokenizer: type              # likewise
     tokenizer: dict
-    plan: Callable
-    sampling: dict
-    image: tuple
-    student: dict
-    rounds: bool = False
-    noise_scale: float | None = None
-    text: dict | None = None
-    negative: str = ""
-    prompts: str = "assets/prompts.txt"
-    files: dict = field(default_factory=dict)
-    world: str = ""
-    record: str = ""
-    rewards: dict = field(default_factory=dict)
-    bert_vocab: str | None = None
+    plan: Callable               # its sampler: plan(units, steps, **settings) -> a Step per step
+    sampling: dict               # {steps: settings of plan}; the first is the default
+    image: tuple                 # (C, H, W) in pixels
+    student: dict                # how its student starts and draws: init_ratio, noise, temperature
+    rounds: bool = False         # pixels become uint8 by rounding, not by truncation
+    noise_scale: float | None = None   # std of the perturbation's noise; None: the table's RMS
+    text: dict | None = None     # arguments of its TextTower; None: conditions are class labels
+    negative: str = ""           # prompt of the unconditional branch
+    prompts: str = "assets/prompts.txt"   # file with what it is asked for, where nobody says
+    files: dict = field(default_factory=dict)     # {role: (hub repository or None, file)}
+    world: str = ""              # tiny world that it draws: "fashion" or "shapes"
+    record: str = ""             # file with evaluations of it that ship, as JSON lines
+    rewards: dict = field(default_factory=dict)   # its world's own: {name: (file, sizes)}
+    bert_vocab: str | None = None      # file with the vocabulary of its world's imagereward
 
     @property
     def classes(self):
@@ -491,141 +474,6 @@ class MaskGen(TextMDM):
     def frozen(self):
         """# choice: the token table, with it the tied output layer, and positions, as MaskGit's."""
         return [self.tok_emb.weight, self.pos_emb]
-
-
-# ------------------------------------------------------------------------------------ samplers
-# All four teachers sample alike: guess every masked token, keep the guesses one is surest of, mask
-# the rest again. They differ in numbers that change from step to step, so a sampler is a *plan*: a
-# table with a row for each step. Below, i is the step and N their number.
-class Step(NamedTuple):
-    w: float                # guidance u + w (c - u)
-    noise: float            # scale of the Gumbel noise on the confidence
-    hidden: int             # units masked again afterwards, those of least confidence; 0 ends it
-    divide: float = 1.0     # softmax temperature: guided logits are divided by it
-    draw: float = 1.0       # temperature of the draw, on top of `divide`; 0 is argmax
-    by_logit: bool = False  # confidence is the logit of the drawn token, else its log-probability
-
-
-def schedule_ratio(q, schedule):
-    """Share of units masked at progress q, falling from 1 to 0: as in training, or `root`."""
-    q = torch.as_tensor(q, dtype=torch.float32)
-    powers = {"linear": 1, "square": 2, "root": 0.5}
-    if schedule in powers:
-        return 1 - q ** powers[schedule]
-    return mask_ratio(q, schedule).clamp(0, 1)
-
-
-def hidden_counts(units, N, schedule):
-    """Units left masked after each step: floor(units * ratio), one fewer at least; at the end 0."""
-    hidden = units
-    for i in range(1, N):
-        ratio = float(schedule_ratio(i / N, schedule))
-        hidden = max(min(math.floor(units * ratio), hidden - 1), 1)
-        yield hidden
-    yield 0
-
-
-def rise(r):
-    """From 0 to 1 as r goes from 0 to 1, along half a cosine."""
-    return (1 - math.cos(math.pi * r)) / 2
-
-
-def maskbit_plan(units, N, guidance=0.0, temperature=0.0, schedule="arccos"):
-    """guidance G: c + s (c - u), so w = 1 + s, with s = G (1 - cos(pi (i/N)^3)) / 2.
-
-    temperature T: noise T (1 - (i+1)/N).
-    """
-    return [Step(1 + guidance * rise((i / N) ** 3), temperature * (1 - (i + 1) / N), hidden)
-            for i, hidden in enumerate(hidden_counts(units, N, schedule))]
-
-
-def maskgit_plan(units, N, guidance=3.0, temperature=4.5, schedule="arccos"):
-    """guidance G: u + (1 + G f) (c - u), f from 0 in the first step to 1 in the last.
-
-    temperature T: noise T (1 - f). The schedule says how many tokens each step reveals, and not how
-    many it leaves.
-    """
-    ratio = schedule_ratio(torch.linspace(1, 0, N), schedule)
-    revealed = ratio / ratio.sum().clamp(min=1e-9) * units
-    revealed = revealed.round().clamp(min=1).int()                          # half to even
-    hidden = (units - revealed.cumsum(0)).clamp(min=0).tolist()
-    hidden[-1] = 0
-    fs = [i / (N - 1) for i in range(N - 1)] + [1.0]
-    return [Step(1 + guidance * f, temperature * (1 - f), k) for f, k in zip(fs, hidden)]
-
-
-def meissonic_plan(units, N, guidance=9.0, temperature=2.0, schedule="cosine"):
-    """guidance: w itself, constant. temperature T: noise, from T in the first step to 0."""
-    noise = torch.linspace(temperature, 0, N).tolist()
-    return [Step(guidance, *row) for row in zip(noise, hidden_counts(units, N, schedule))]
-
-
-def maskgen_plan(units, N, guidance=12.0, temperature=2.0, schedule="arccos"):
-    """guidance G: c + s (c - u), so w = 1 + s, where s goes from about 1 to G with r = (i+1)/N.
-
-    temperature T: the draw's and the confidence's, T (1 - r). The softmax's falls from 1.25 to 0.5.
-    Confidence is the logit itself.
-    """
-    plan = []
-    for i, hidden in enumerate(hidden_counts(units, N, schedule)):
-        r = (i + 1) / N
-        s = 1 + (guidance - 1) * rise(r)
-        noise = temperature * (1 - r)
-        plan.append(Step(1 + s, noise, hidden, 0.5 + 0.8 * (1 - r), draw=noise, by_logit=True))
-    return plan
-
-
-@torch.no_grad()
-def sample(net, cond, plan, *, x=None, order=None, rand=torch.rand):
-    """The multi-step sampler: tokens (B, L, G) after the steps of `plan`.
-
-    A mask that MaskGit drew becomes token V-1. x: tokens to start from, V where there is none yet;
-    by default all are masked. order (L, G), if given, takes the place of confidence: units of low
-    rank are kept first (`halton_order`). rand gives the uniforms (2, B, L, G) of each step: for the
-    draw, and for the noise on the confidence.
-    """
-    E, bias = net.tables()
-    if x is None:
-        x = torch.full((len(cond[0]), net.L, net.G), net.V, device=E.device)
-    masked = x == net.V
-    for i, step in enumerate(plan):
-        e = embed_tokens(x, E, bias)
-        cond_i = net.at(cond, len(plan) - 1 - i)
-        z = guided_logits(net, e, cond_i, step.w).float() / step.divide     # (B, L, G, V)
-        u, u_noise = rand(2, *x.shape, device=x.device)
-        drawn = torch.where(masked, sample_tokens(z, step.draw, u), x)
-        if not step.hidden:
-            return drawn.clamp(max=net.V - 1)
-        if order is None:
-            score = z if step.by_logit else z.log_softmax(-1)
-            score = score.gather(-1, drawn[..., None])[..., 0]              # (B, L, G)
-            confidence = score + step.noise * gumbel(u_noise)
-        else:
-            confidence = -order.to(z).expand(x.shape)
-        confidence = torch.where(masked, confidence, torch.inf)             # known units stay
-        k = (masked.flatten(1).sum(1) - 1).clamp(1, step.hidden)            # (B,)
-        ranked = confidence.flatten(1).sort(1).values                       # all units of a sample
-        threshold = ranked.gather(1, k[:, None] - 1)                        # (B, 1)
-        masked = masked & (confidence <= threshold[:, None])
-        x = torch.where(masked, net.V, drawn)
-
-
-def halton_order(grid):
-    """Ranks (L, 1) of a (rows, columns) grid's cells: when a 2-D Halton sequence first visits each.
-
-    Bases are 2 and 3, the first point is (1/2, 1/3). It spreads the tokens of one step evenly over
-    the image, so that they depend on each other least (Besnier et al. 2025): the training-free
-    baseline of Tab. 2.
-    """
-    from scipy.stats import qmc
-
-    rows, columns = grid
-    points = qmc.Halton(2, scramble=False).fast_forward(1).random(100 * rows * columns)
-    cells = (points * grid).astype(int) @ (columns, 1)                      # (n,)
-    visited = list(dict.fromkeys(cells))                                    # keeps the first visits
-    if len(visited) < rows * columns:
-        raise ValueError(f"{len(points)} Halton points miss cells of a {rows} x {columns} grid")
-    return torch.tensor(visited).argsort()[:, None]
 
 
 # ---------------------------------------------------------------------------------- generation

@@ -8,6 +8,7 @@ import torch
 
 import soft_embed as se
 import teachers
+from networks import samplers
 from networks.autoencoders import VQTokenizer
 from networks.text import TextTower
 from networks.titok import TATiTok
@@ -37,7 +38,7 @@ def first_position_last(z):
 
 
 def traced_sample(net, cond, plan, uniforms=None, draw=None, **options):
-    """teachers.sample's tokens, and a list of those that entered each step.
+    """The sampler's tokens, and a list of those that entered each step.
 
     uniforms: a pair per step, for the draw and for the noise on the confidence. draw takes the
     place of sample_tokens(z, temperature, u).
@@ -49,13 +50,13 @@ def traced_sample(net, cond, plan, uniforms=None, draw=None, **options):
         return se.embed_tokens(x, E, bias)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "embed_tokens", embed)
+        patch.setattr(samplers, "embed_tokens", embed)
         if draw is not None:
-            patch.setattr(teachers, "sample_tokens", draw)
+            patch.setattr(samplers, "sample_tokens", draw)
         if uniforms is not None:
             pairs = iter(uniforms)
             options["rand"] = lambda *shape, device: next(pairs)
-        x = teachers.sample(net, cond, plan, **options)
+        x = samplers.sample(net, cond, plan, **options)
     return x, trace
 
 
