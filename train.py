@@ -106,7 +106,7 @@ def terms_of_the_loss(c, step):
 
 # ----------------------------------------------------------------------- what is random in a step
 def draw_step(c, step, net, conditions):
-    """Every random choice of one step for its whole global batch: a dict of tensors, images first.
+    """Every random choice of one step for its whole global batch: a dict of tensors, batch first.
 
     All come from a generator seeded by (seed, step) alone: so they depend neither on the number of
     processes nor on restarts. (Dropout, Gumbel and feature noise are drawn by each process for

@@ -106,7 +106,7 @@ class Profile:
     def report(self, c, net, e, cond):
         """Print where the time went, and keep it as the dict `row`.
 
-        One forward pass of net(e, cond) is the unit in which a step is counted.
+        A step is also counted in forward passes, net(e, cond).
         """
         if self.cuda:
             torch.cuda.synchronize()
