@@ -14,13 +14,13 @@ with the right 16 heads and 5.72 with 12), and neither is the activation of Mask
 
 import json
 import math
+import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 from data.images import list_images, list_pairs, variants  # noqa: E402
 from data.prompts import read_pair  # noqa: E402
 from dimo import exact_mask  # noqa: E402

@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 from data.images import list_images, read_ahead, variants  # noqa: E402
 from data.tokens import (  # noqa: E402
-    begin_folder, describe, encode, load_tokenizer, token_dtype, tokenizer_flags, write_lines,
-    write_meta)
+    begin_folder, describe, encode, load_tokenizer, save_array, token_dtype, tokenizer_flags,
+    write_lines, write_meta)
 from machinery.errors import UserError, explain, guard  # noqa: E402
-from machinery.files import ROOT, replacing  # noqa: E402
+from machinery.files import ROOT  # noqa: E402
 from machinery.flags import nonnegative_int, parser, positive_int  # noqa: E402
 from teachers import SPECS  # noqa: E402
 
@@ -70,23 +70,18 @@ def earlier_run(out, meta):
     return old
 
 
-def allocate(path, dtype, shape):
+def allocate(path, shape, dtype):
     """An .npy file of zeros, really written: a full disk shows now, not as a crash hours later."""
     zeros = np.zeros(shape, dtype)                    # takes no memory until it is written to
     megabytes = f"{zeros.nbytes / 1e6:,.1f} MB"
-    try:
-        with explain(f"cannot allocate {megabytes} for {path} ({{}}); no work is lost"):
-            with replacing(path) as f:
-                np.save(f, zeros)
-    finally:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
+    with explain(f"cannot allocate {megabytes} for {path} ({{}}); no work is lost"):
+        save_array(path, zeros)
 
 
 def write_labels(out, labels, variants, skipped=()):
     """The class of every row: each image has `variants` of them, a skipped one has none."""
     ids = [label for name, label in labels.items() if name not in skipped]
-    with replacing(f"{out}/labels.npy") as f:
-        np.save(f, np.repeat(ids, variants).astype(np.uint16))
+    save_array(f"{out}/labels.npy", np.repeat(ids, variants).astype(np.uint16))
 
 
 # ----------------------------------------------------------------------------------------- encode
@@ -96,8 +91,8 @@ def encode_images(args, tokenizer, names, meta):
     tokens = np.load(f"{args.out}/tokens.npy", mmap_mode="r+")
 
     def read(i):
-        seed = args.seed, i
-        return variants(f"{args.folder}/{names[i]}", image, args.flip, args.crops, seed)
+        path = f"{args.folder}/{names[i]}"
+        return variants(path, image, args.flip, args.crops, seed=(args.seed, i))
 
     def record():
         """Put on disk the tokens first, then the claim that they are there."""
@@ -125,21 +120,19 @@ def encode_images(args, tokenizer, names, meta):
 
 def finish(out, labels, meta):
     """Name what was skipped, cut the arrays to what was written, declare the folder complete."""
-    n, skipped = meta["n"], meta["skipped"]
+    n, skipped = meta["n"], dict(meta["skipped"])
+    lines = [f"{name}\t{why}" for name, why in skipped.items()]
     if not n:
         for name in ("meta.json", "tokens.npy", "labels.npy"):
             os.remove(f"{out}/{name}")
-        name, why = skipped[0]
         raise UserError(f"none of the {len(labels):,} images in {meta['source']} can be read; the "
-                        f"first, {name}: {why}")
+                        f"first, {lines[0]}")
     story = "none skipped"
     if skipped:
         story = f"{len(skipped)} images unreadable, named in skipped.txt"
-        write_lines(f"{out}/skipped.txt", [f"{name}\t{why}" for name, why in skipped])
-        write_labels(out, labels, meta["variants"], dict(skipped))
-        tokens = np.load(f"{out}/tokens.npy", mmap_mode="r")
-        with replacing(f"{out}/tokens.npy") as f:
-            np.save(f, tokens[:n])
+        write_lines(f"{out}/skipped.txt", lines)
+        write_labels(out, labels, meta["variants"], skipped)
+        save_array(f"{out}/tokens.npy", np.load(f"{out}/tokens.npy", mmap_mode="r")[:n])
     write_meta(out, meta | dict(complete=True, skipped=len(skipped)))
     size = os.path.getsize(f"{out}/tokens.npy") / 1e6
     print(f"{out}: {len(labels) - len(skipped):,} images, {n:,} rows, {size:,.1f} MB; {story}")
@@ -164,8 +157,8 @@ def main(args):
         print(f"{out}: going on after {meta['done']:,} of {len(labels):,} images")
     else:
         begin_folder(out)
-        shape = len(labels) * meta["variants"], meta["L"], meta["G"]
-        allocate(f"{out}/tokens.npy", token_dtype(meta["V"]), shape)
+        rows = len(labels) * meta["variants"]
+        allocate(f"{out}/tokens.npy", (rows, meta["L"], meta["G"]), token_dtype(meta["V"]))
         write_labels(out, labels, meta["variants"])
     encode_images(args, tokenizer, list(labels), meta)
     finish(out, labels, meta)

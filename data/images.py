@@ -58,15 +58,12 @@ def list_images(folder):
     if not classes:
         raise UserError(f"{folder} has no subfolders: expected one for each class, as in "
                         "train/n01440764/*.JPEG")
-    labels, empty = {}, []
+    labels = {}
     for label, name in enumerate(classes):
         found = find_images(f"{folder}/{name}")
-        labels |= {os.path.relpath(path, folder): label for path in found}
         if not found:
-            empty.append(name)
-    if empty:
-        raise UserError(f"{len(empty)} of the {len(classes)} class folders in {folder} hold no "
-                        f"images (the first is {empty[0]}): fill or remove them")
+            raise UserError(f"{folder}: the class folder {name} holds no images: fill or remove it")
+        labels |= {os.path.relpath(path, folder): label for path in found}
     return classes, labels
 
 

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 from data.images import list_pairs, read_ahead, text_beside, variants  # noqa: E402
 from data.tokens import (  # noqa: E402
     describe, encode, load_tokenizer, tokenizer_flags, write_folder, write_lines)
@@ -91,8 +91,7 @@ def read_text(path, wanted):
 def read_table(path, wanted):
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     with open(path, newline="", **TEXT) as f:
-        lines = (line.replace("\0", "") for line in f)            # Python 3.10's csv stops at NUL
-        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        table = csv.reader(f, delimiter=delimiter, strict=True)
         with explain(f"{path}, line 1: {{}}, where the names of the fields should be", csv.Error):
             names = next(filter(None, table), [])                 # the first line that is not empty
         names = [name.strip() for name in names]
@@ -136,10 +135,8 @@ def read_json(path, wanted):
 
 
 def read_parquet(path, wanted):
-    try:
+    with explain(f"{path}: reading parquet needs pyarrow: pip install pyarrow", ImportError):
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow")
     n = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as f:

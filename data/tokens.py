@@ -82,6 +82,14 @@ def write_lines(path, lines):
             f.writelines(f"{line}\n".encode(errors="surrogateescape") for line in lines)
 
 
+def save_array(path, array):
+    try:
+        with replacing(path) as f:
+            np.save(f, array)
+    finally:                                          # on a full disk, give back what was written
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+
+
 def write_meta(out, meta):
     with replacing(f"{out}/meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
@@ -95,9 +103,8 @@ def write_folder(out, tokens, labels, meta, texts={}):
     begin_folder(out)
     for name, lines in texts.items():
         write_lines(f"{out}/{name}", lines)
-    for name, array in {"tokens": tokens, "labels": labels}.items():
-        with replacing(f"{out}/{name}.npy") as f:
-            np.save(f, array)
+    save_array(f"{out}/tokens.npy", tokens)
+    save_array(f"{out}/labels.npy", labels)
     write_meta(out, meta)
 
 
@@ -175,8 +182,8 @@ class RealTokens:
     """Real tokens x (n, L, G) and their conditions, in an order that (seed, index) determine."""
 
     def __init__(self, path, teacher, seed):
-        loaded = load_tokens(path, teacher) if path else synthetic_tokens(teacher)
-        self.x, self.labels, self.prompts = loaded
+        self.x, self.labels, self.prompts = (
+            load_tokens(path, teacher) if path else synthetic_tokens(teacher))
         self.conditions = teacher.conditions(self.prompts)
         self.V, self.seed, self.epoch = teacher.net.V, seed, None
 

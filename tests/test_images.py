@@ -255,7 +255,7 @@ def test_folders_without_classes_or_images_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     refused("one for each class")
     (tmp_path / "in" / "cats").mkdir()
-    refused("hold no images .the first is cats")
+    refused("the class folder cats holds no images")
     (tmp_path / "in" / "cats" / "a.png").touch()
     refused("1 class folders .* knows 10: .* --allow_other_classes goes on")
     refused("none of the 1 images", "--allow_other_classes")
