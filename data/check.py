@@ -63,11 +63,9 @@ def knows(teacher, img, shown):
     masked; nats_null, without the condition; nats_uniform, of a network that knows nothing.
     """
     net, tokenizer = teacher.net, teacher.tokenizer
-    if teacher.spec.text:
-        asked = teacher.conditions(shown)
-    else:
-        asked = teacher.conditions()[shown]
-    tables = net.tables()
+    asked = teacher.conditions(shown)
+    if not teacher.spec.text:
+        asked = asked[shown]
     generator = torch.Generator().manual_seed(0)
     error, nats = 0.0, torch.zeros(2)
     for pixels, some in zip(img.split(8), asked.split(8)):
@@ -77,7 +75,7 @@ def knows(teacher, img, shown):
         again = decode_tokens(tokenizer, x, cond)
         error += (again - pixels).square().sum().item()
         mask = exact_mask(0.5, torch.rand(x.shape, generator=generator)).to(asked.device)
-        e = embed_tokens(x.masked_fill(mask, net.V), *tables)                 # (B, L, d)
+        e = embed_tokens(x.masked_fill(mask, net.V), *net.tables())           # (B, L, d)
         for i, c in enumerate((cond, net.null(cond))):
             mean = F.cross_entropy(net(e, c)[mask], x[mask]).item()           # over masked tokens
             nats[i] += mean * len(pixels) / len(img)

@@ -42,17 +42,6 @@ SAVE_EVERY = 5.0                                      # seconds of work that a k
 
 
 # -------------------------------------------------------------------------------- begin, or go on
-def check_classes(classes, args):
-    """UserError where class ids would not mean what the teacher learned."""
-    known = SPECS[args.teacher].classes
-    if len(classes) == known or len(classes) < known and args.allow_other_classes:
-        return
-    raise UserError(
-        f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), "
-        f"{args.teacher} knows {known}: the labels would not mean what it learned; with fewer "
-        "classes --allow_other_classes goes on all the same")
-
-
 def earlier_run(out, meta):
     """The meta.json of an earlier run with these arguments, or None; UserError if they differ."""
     path = Path(f"{out}/meta.json")
@@ -101,7 +90,7 @@ def encode_images(args, tokenizer, names, meta):
 
     saved = time.time()
     todo = range(meta["done"], len(names))
-    for views, skipped in read_ahead(read, todo, args.batch, args.workers, meta["done"]):
+    for views, skipped in read_ahead(read, todo, args.batch, args.workers):
         if skipped and not os.path.isdir(args.folder):
             raise UserError(f"{args.folder} has disappeared after {meta['done']:,} images; "
                             "the same command goes on")
@@ -139,9 +128,14 @@ def finish(out, labels, meta):
 
 
 def main(args):
-    out = args.out
+    out, known = args.out, SPECS[args.teacher].classes
     classes, labels = list_images(args.folder)
-    check_classes(classes, args)
+    fewer = len(classes) < known and args.allow_other_classes
+    if len(classes) != known and not fewer:
+        raise UserError(
+            f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), "
+            f"{args.teacher} knows {known}: the labels would not mean what it learned; with fewer "
+            "classes --allow_other_classes goes on all the same")
     tokenizer = load_tokenizer(
         args.teacher, args.tokenizer_weights, args.random_weights, args.device)
     files = hashlib.sha256(os.fsencode("\n".join(labels))).hexdigest()
@@ -149,17 +143,17 @@ def main(args):
         variants=1 + args.flip + args.crops, flip=args.flip, crops=args.crops, seed=args.seed,
         class_names=classes, files=files, complete=False, done=0, n=0, skipped=[])
     old = None if args.overwrite else earlier_run(out, meta)
-    if old and old["complete"]:
-        print(f"{out} is complete, {old['n']:,} rows; --overwrite makes it anew")
-        return
-    if old:
-        meta = old
-        print(f"{out}: going on after {meta['done']:,} of {len(labels):,} images")
-    else:
+    if not old:
         begin_folder(out)
         rows = len(labels) * meta["variants"]
         allocate(f"{out}/tokens.npy", (rows, meta["L"], meta["G"]), token_dtype(meta["V"]))
         write_labels(out, labels, meta["variants"])
+    elif old["complete"]:
+        print(f"{out} is complete, {old['n']:,} rows; --overwrite makes it anew")
+        return
+    else:
+        meta = old
+        print(f"{out}: going on after {meta['done']:,} of {len(labels):,} images")
     encode_images(args, tokenizer, list(labels), meta)
     finish(out, labels, meta)
 

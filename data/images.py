@@ -142,11 +142,11 @@ def variants(path, image, flip=False, crops=0, seed=()):
         return stack.contiguous(memory_format=torch.channels_last)            # as Pillow has it
 
 
-def read_ahead(read, items, batch, workers, done=0):
+def read_ahead(read, items, batch, workers):
     """For each batch of items: results of read(item), and (item, reason) where it was a UserError.
 
     Threads are always one batch ahead of what is yielded: Pillow works outside the GIL. A bar shows
-    progress; `done` were read before.
+    progress.
     """
     def attempt(item):
         try:
@@ -155,7 +155,7 @@ def read_ahead(read, items, batch, workers, done=0):
             return None, (item, str(err))
 
     unreadable = 0
-    bar = tqdm(total=done + len(items), initial=done, unit="image")
+    bar = tqdm(total=len(items), unit="image")
     with ThreadPoolExecutor(workers) as pool, bar:
         starts = range(0, len(items) + batch, batch)  # the last begins nothing
         begun = (pool.map(attempt, items[start : start + batch]) for start in starts)

@@ -47,8 +47,8 @@ from machinery.files import ROOT, local  # noqa: E402
 from machinery.flags import number, parser, positive_int  # noqa: E402
 from teachers import SPECS  # noqa: E402
 
-CAPTIONS = ["caption", "TEXT", "text", "prompt"]
-SCORES = ["AESTHETIC_SCORE", "aesthetic", "aesthetic_score"]
+CAPTIONS = "caption TEXT text prompt".split()
+SCORES = "AESTHETIC_SCORE aesthetic aesthetic_score".split()
 
 # Not white space, which becomes a blank; nor what joins emoji or turns the direction of writing.
 CONTROL = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]"

@@ -10,6 +10,7 @@ The same arrays in one .npz will do (`prompts` an array of strings). A folder wi
 unfinished: it is removed first and written last.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -185,19 +186,17 @@ class RealTokens:
         self.x, self.labels, self.prompts = (
             load_tokens(path, teacher) if path else synthetic_tokens(teacher))
         self.conditions = teacher.conditions(self.prompts)
-        self.V, self.seed, self.epoch = teacher.net.V, seed, None
+        self.V, self.seed = teacher.net.V, seed
 
-    def place(self, i):
-        """Where the i-th image of training is; each epoch is shuffled anew."""
-        epoch, k = divmod(i, len(self.labels))
-        if epoch != self.epoch:
-            shuffle = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, shuffle.permutation(len(self.labels))
-        return self.order[k]
+    @functools.lru_cache(maxsize=1)
+    def order(self, epoch):
+        """Each epoch is shuffled anew."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
 
     def batch(self, start, count):
         """Tokens (count, L, G) on the device; and which of `conditions` are theirs, on the host."""
-        places = [self.place(i) for i in range(start, start + count)]
+        n = len(self.labels)
+        places = [self.order(i // n)[i % n] for i in range(start, start + count)]
         x = self.x[places].astype(np.int64)
         labels = torch.from_numpy(self.labels[places].astype(np.int64))
         if x.max() >= self.V or x.min() < 0:
