@@ -85,6 +85,12 @@ def test_a_center_crop_has_the_size_asked_for_whatever_the_shape():
         assert images.center_crop(noise(0, h, w), 32).size == (32, 32)
 
 
+def test_a_center_crop_is_the_middle_of_pillows_bicubic():
+    wide = noise(0, 64, 96)
+    expected = wide.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    assert np.array_equal(images.center_crop(wide, 32), expected)
+
+
 # ---------------------------------------------------------------------------------------- folders
 def touch(folder, *names):
     for name in names:
