@@ -12,23 +12,21 @@ with the right 16 heads and 5.72 with 12), and neither is the activation of Mask
 (--text_activation: the fewer nats, the better).
 """
 
-import argparse
 import json
 import math
 import os
 import sys
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.images import Unreadable, list_images, list_pairs, variants  # noqa: E402
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
+from data.images import list_images, list_pairs, variants  # noqa: E402
 from data.prompts import read_pair  # noqa: E402
 from dimo import exact_mask  # noqa: E402
 from machinery.errors import UserError, guard  # noqa: E402
-from machinery.flags import check_device, default_device, positive_int  # noqa: E402
+from machinery.flags import (  # noqa: E402
+    add_device, add_teacher_files, check_device, parser, positive_int)
 from soft_embed import embed_tokens  # noqa: E402
 from teachers import SPECS, assemble, build, decode_tokens, source  # noqa: E402
 
@@ -38,56 +36,52 @@ def real_images(folder, spec, n):
 
     Classes are subfolders; a prompt stands in NAME.txt beside its image.
     """
-    labels = None
-    if spec.text is None:
-        _, labels = list_images(folder)
+    labels = None if spec.text else list_images(folder)[1]
     names = list(labels or list_pairs(folder))
     n = min(n, len(names))
     shown, views = [], []
-    for name in [names[i * len(names) // n] for i in range(n)]:
-        path = os.path.join(folder, name)
+    for i in range(n):
+        name = names[i * len(names) // n]
+        path = f"{folder}/{name}"
         try:
             if labels:
                 what, view = labels[name], variants(path, spec.image)
             else:
                 what, view = read_pair(path, spec.image)
-        except Unreadable as err:
+        except UserError as err:
             raise UserError(f"--images {folder}: cannot read {name}: {err}")
         shown.append(what)
         views.append(view)
-    return torch.from_numpy(np.concatenate(views)), shown
+    return torch.cat(views), shown
 
 
 @torch.no_grad()
-def knows(teacher, img, shown, batch=8, ratio=0.5):
+def knows(teacher, img, shown):
     """What right weights do well, on uint8 images (n, C, H, W), as a dict.
 
     psnr: the tokenizer's reconstruction, in dB. nats: cross-entropy per masked token, half of them
     masked; nats_null, without the condition; nats_uniform, of a network that knows nothing.
     """
     net, tokenizer = teacher.net, teacher.tokenizer
-    if teacher.spec.text:
-        asked = teacher.conditions(shown)
-    else:
-        asked = teacher.conditions()[shown]
-    tables = net.tables()
+    asked = teacher.conditions(shown)
+    if not teacher.spec.text:
+        asked = asked[shown]
     generator = torch.Generator().manual_seed(0)
     error, nats = 0.0, torch.zeros(2)
-    for pixels, some in zip(img.split(batch), asked.split(batch)):
+    for pixels, some in zip(img.split(8), asked.split(8)):
         cond = teacher.cond(some)
         pixels = pixels.to(asked.device).float() / 255
         x = tokenizer.encode(pixels)                                          # (B, L, G)
         again = decode_tokens(tokenizer, x, cond)
         error += (again - pixels).square().sum().item()
-        mask = exact_mask(ratio, torch.rand(x.shape, generator=generator)).to(asked.device)
-        e = embed_tokens(x.masked_fill(mask, net.V), *tables)                 # (B, L, d)
+        mask = exact_mask(0.5, torch.rand(x.shape, generator=generator)).to(asked.device)
+        e = embed_tokens(x.masked_fill(mask, net.V), *net.tables())           # (B, L, d)
         for i, c in enumerate((cond, net.null(cond))):
             mean = F.cross_entropy(net(e, c)[mask], x[mask]).item()           # over masked tokens
             nats[i] += mean * len(pixels) / len(img)
-    psnr = -10 * math.log10(error / img.numel())
-    nats, nats_null = nats.tolist()
-    guess = math.log(net.V)
-    return dict(psnr=psnr, nats=nats, nats_null=nats_null, nats_uniform=guess, images=len(img))
+    return dict(
+        psnr=-10 * math.log10(error / img.numel()), nats=nats[0].item(), nats_null=nats[1].item(),
+        nats_uniform=math.log(net.V), images=len(img))
 
 
 def check(args):
@@ -110,8 +104,8 @@ def check(args):
     if len(modules) < len(spec.roles):
         raise UserError(f"{spec.name} is not complete: see the lines above")
     if args.images:
-        img, shown = real_images(args.images, spec, args.n)
-        found = knows(assemble(spec, modules, args.device), img, shown)
+        teacher = assemble(spec, modules, args.device)
+        found = knows(teacher, *real_images(args.images, spec, args.n))
         print("on {images} real images: reconstruction {psnr:.2f} dB; {nats:.3f} nats per masked "
               "token, {nats_null:.3f} without the condition, {nats_uniform:.3f} for a guess"
               .format(**found))
@@ -119,25 +113,15 @@ def check(args):
 
 
 def flags():
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = parser(__doc__)
     add = ap.add_argument
     add("teacher", choices=SPECS, metavar="NAME", help=f"one of {', '.join(SPECS)}")
-    add("--teacher_weights", metavar="PATH",
-        help="local file or folder instead of the published network")
-    add("--tokenizer_weights", metavar="PATH",
-        help="local file instead of the published tokenizer")
-    add("--text_weights", metavar="PATH",
-        help="local file instead of the published text encoder")
-    add("--text_activation", choices=["gelu", "quick_gelu"],
-        help="activation of the text encoder, instead of the teacher's own")
-    add("--random_weights", action="store_true", help="no files at all: to see sizes")
+    add_teacher_files(add)
     add("--images", metavar="FOLDER",
         help="real images: a subfolder per class, or prompts beside them in NAME.txt")
     add("--n", type=positive_int, default=64,
         help="how many of these images to look at (%(default)s)")
-    add("--device", choices=["cuda", "cpu"], default=default_device(),
-        help="where to run (%(default)s)")
+    add_device(add)
     return ap
 
 

@@ -18,7 +18,6 @@ Kill it whenever you like; the same command goes on where it stopped. Images tha
 left out and listed in skipped.txt. The result is the folder that data/tokens.py describes.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -27,59 +26,28 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 from data.images import list_images, read_ahead, variants  # noqa: E402
 from data.tokens import (  # noqa: E402
-    begin_folder, describe, encode, token_dtype, tokenizer_flags, tokenizer_of, write_lines,
-    write_meta)
-from machinery.errors import UserError, guard  # noqa: E402
-from machinery.files import ROOT, replacing  # noqa: E402
-from machinery.flags import nonnegative_int, positive_int  # noqa: E402
+    begin_folder, describe, encode, load_tokenizer, save_array, token_dtype, tokenizer_flags,
+    write_lines, write_meta)
+from machinery.errors import UserError, explain, guard  # noqa: E402
+from machinery.files import ROOT  # noqa: E402
+from machinery.flags import nonnegative_int, parser, positive_int  # noqa: E402
 from teachers import SPECS  # noqa: E402
 
-ARRAYS = ("tokens.npy", "labels.npy")
 SAVE_EVERY = 5.0                                      # seconds of work that a kill may cost
 
 
-# ------------------------------------------------------------------------------- arrays that grow
-def allocate(path, dtype, shape):
-    """An .npy file of zeros, really written: a full disk shows now, not as a crash hours later."""
-    zeros = np.zeros(shape, dtype)                    # takes no memory until it is written to
-    try:
-        with replacing(path) as f:
-            np.save(f, zeros)
-    except OSError as err:
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise UserError(f"cannot allocate {zeros.nbytes / 1e6:,.1f} MB for {path} "
-                        f"({err.strerror or err}); no work is lost")
-
-
-def shrink(path, n):
-    """Keep the first n rows: what skipped images leave free is at the end."""
-    rows = np.load(path, mmap_mode="r")
-    if len(rows) > n:
-        with replacing(path) as f:
-            np.save(f, rows[:n])
-
-
 # -------------------------------------------------------------------------------- begin, or go on
-def check_classes(classes, args):
-    """UserError where class ids would not mean what the teacher learned."""
-    known = SPECS[args.teacher].classes
-    if len(classes) == known or len(classes) < known and args.allow_other_classes:
-        return
-    hint = "; --allow_other_classes goes on all the same" if len(classes) < known else ""
-    raise UserError(
-        f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), "
-        f"{args.teacher} knows {known}: the labels would not mean what it learned{hint}")
-
-
 def earlier_run(out, meta):
     """The meta.json of an earlier run with these arguments, or None; UserError if they differ."""
-    if not all(os.path.exists(f"{out}/{name}") for name in ("meta.json", *ARRAYS)):
+    path = Path(f"{out}/meta.json")
+    if not path.exists():
         return None
-    old = json.loads(Path(f"{out}/meta.json").read_text())
+    old = json.loads(path.read_text())
     named = {"files": "another list of images",
              "tokenizer": "other --tokenizer_weights or --random_weights"}
     for key in ("teacher", "tokenizer", "files", "flip", "crops", "seed"):
@@ -91,36 +59,47 @@ def earlier_run(out, meta):
     return old
 
 
+def allocate(path, shape, dtype):
+    """An .npy file of zeros, really written: a full disk shows now, not as a crash hours later."""
+    zeros = np.zeros(shape, dtype)                    # takes no memory until it is written to
+    megabytes = f"{zeros.nbytes / 1e6:,.1f} MB"
+    with explain(f"cannot allocate {megabytes} for {path} ({{}}); no work is lost"):
+        save_array(path, zeros)
+
+
+def write_labels(out, labels, variants, skipped=()):
+    """The class of every row: each image has `variants` of them, a skipped one has none."""
+    ids = [label for name, label in labels.items() if name not in skipped]
+    save_array(f"{out}/labels.npy", np.repeat(ids, variants).astype(np.uint16))
+
+
 # ----------------------------------------------------------------------------------------- encode
-def encode_images(args, tokenizer, labels, meta):
-    """Fill the arrays. meta counts: "done" images looked at, "n" rows written."""
-    names, image = list(labels), SPECS[args.teacher].image
-    tokens, classes = [np.load(f"{args.out}/{name}", mmap_mode="r+") for name in ARRAYS]
+def encode_images(args, tokenizer, names, meta):
+    """Fill tokens.npy. meta counts: "done" images looked at, "n" rows written."""
+    image = SPECS[args.teacher].image
+    tokens = np.load(f"{args.out}/tokens.npy", mmap_mode="r+")
 
     def read(i):
-        path, seed = os.path.join(args.folder, names[i]), (args.seed, i)
-        return variants(path, image, args.flip, args.crops, seed), labels[names[i]]
+        path = f"{args.folder}/{names[i]}"
+        return variants(path, image, args.flip, args.crops, seed=(args.seed, i))
 
     def record():
-        """Put on disk the data first, then the claim that they are there."""
+        """Put on disk the tokens first, then the claim that they are there."""
         tokens.flush()
-        classes.flush()
         write_meta(args.out, meta)
 
     saved = time.time()
     todo = range(meta["done"], len(names))
-    for good, skipped in read_ahead(read, todo, args.batch, args.workers, meta["done"]):
+    for views, skipped in read_ahead(read, todo, args.batch, args.workers):
         if skipped and not os.path.isdir(args.folder):
             raise UserError(f"{args.folder} has disappeared after {meta['done']:,} images; "
                             "the same command goes on")
-        if good:
-            views, label = zip(*good)
-            x = encode(tokenizer, np.concatenate(views), args.batch)
-            rows = slice(meta["n"], meta["n"] + len(x))
-            tokens[rows] = x
-            classes[rows] = np.repeat(label, meta["variants"])
-            meta["n"] = rows.stop
-        meta["done"] += len(good) + len(skipped)
+        if views:
+            x = encode(tokenizer, torch.cat(views), args.batch)
+            start = meta["n"]
+            meta["n"] += len(x)
+            tokens[start : meta["n"]] = x
+        meta["done"] += len(views) + len(skipped)
         meta["skipped"] += [(names[i], why) for i, why in skipped]
         if time.time() - saved > SAVE_EVERY:
             record()
@@ -128,55 +107,59 @@ def encode_images(args, tokenizer, labels, meta):
     record()
 
 
-def finish(args, meta):
+def finish(out, labels, meta):
     """Name what was skipped, cut the arrays to what was written, declare the folder complete."""
-    count, skipped = meta["done"], meta["skipped"]
-    if not meta["n"]:
-        for name in ("meta.json", *ARRAYS):
-            os.remove(f"{args.out}/{name}")
-        name, why = skipped[0]
-        raise UserError(f"none of the {count:,} images in {args.folder} can be read; the first, "
-                        f"{name}: {why}")
-    write_lines(f"{args.out}/skipped.txt", [f"{name}\t{why}" for name, why in skipped])
-    for name in ARRAYS:
-        shrink(f"{args.out}/{name}", meta["n"])
-    write_meta(args.out, meta | dict(complete=True, skipped=len(skipped)))
-    story = f"{len(skipped)} images unreadable, named in skipped.txt" if skipped else "none skipped"
-    size = os.path.getsize(f"{args.out}/tokens.npy") / 1e6
-    print(f"{args.out}: {count - len(skipped):,} images, {meta['n']:,} rows, {size:,.1f} MB; "
-          f"{story}")
+    n, skipped = meta["n"], dict(meta["skipped"])
+    lines = [f"{name}\t{why}" for name, why in skipped.items()]
+    if not n:
+        for name in ("meta.json", "tokens.npy", "labels.npy"):
+            os.remove(f"{out}/{name}")
+        raise UserError(f"none of the {len(labels):,} images in {meta['source']} can be read; the "
+                        f"first, {lines[0]}")
+    story = "none skipped"
+    if skipped:
+        story = f"{len(skipped)} images unreadable, named in skipped.txt"
+        write_lines(f"{out}/skipped.txt", lines)
+        write_labels(out, labels, meta["variants"], skipped)
+        save_array(f"{out}/tokens.npy", np.load(f"{out}/tokens.npy", mmap_mode="r")[:n])
+    write_meta(out, meta | dict(complete=True, skipped=len(skipped)))
+    size = os.path.getsize(f"{out}/tokens.npy") / 1e6
+    print(f"{out}: {len(labels) - len(skipped):,} images, {n:,} rows, {size:,.1f} MB; {story}")
 
 
 def main(args):
+    out, known = args.out, SPECS[args.teacher].classes
     classes, labels = list_images(args.folder)
-    check_classes(classes, args)
-    tokenizer = tokenizer_of(args)
-    meta = describe(tokenizer, args.teacher, os.path.abspath(args.folder))
+    fewer = len(classes) < known and args.allow_other_classes
+    if len(classes) != known and not fewer:
+        raise UserError(
+            f"{args.folder} has {len(classes)} class folders ({', '.join(classes[:3])} ...), "
+            f"{args.teacher} knows {known}: the labels would not mean what it learned; with fewer "
+            "classes --allow_other_classes goes on all the same")
+    tokenizer = load_tokenizer(
+        args.teacher, args.tokenizer_weights, args.random_weights, args.device)
     files = hashlib.sha256(os.fsencode("\n".join(labels))).hexdigest()
-    meta |= dict(
+    meta = describe(tokenizer, args.teacher, os.path.abspath(args.folder)) | dict(
         variants=1 + args.flip + args.crops, flip=args.flip, crops=args.crops, seed=args.seed,
-        class_names=classes, files=files, complete=False, done=0, n=0, skipped=[],
-    )
-    old = None if args.overwrite else earlier_run(args.out, meta)
-    if old and old["complete"]:
-        print(f"{args.out} is complete, {old['n']:,} rows; --overwrite makes it anew")
-        return
-    if old:
-        meta = old
-        print(f"{args.out}: going on after {meta['done']:,} of {len(labels):,} images")
-    else:
-        begin_folder(args.out)
+        class_names=classes, files=files, complete=False, done=0, n=0, skipped=[])
+    old = None if args.overwrite else earlier_run(out, meta)
+    if not old:
+        begin_folder(out)
         rows = len(labels) * meta["variants"]
-        shape = rows, meta["L"], meta["G"]
-        allocate(f"{args.out}/tokens.npy", token_dtype(meta["V"]), shape)
-        allocate(f"{args.out}/labels.npy", np.uint16, (rows,))
-    encode_images(args, tokenizer, labels, meta)
-    finish(args, meta)
+        allocate(f"{out}/tokens.npy", (rows, meta["L"], meta["G"]), token_dtype(meta["V"]))
+        write_labels(out, labels, meta["variants"])
+    elif old["complete"]:
+        print(f"{out} is complete, {old['n']:,} rows; --overwrite makes it anew")
+        return
+    else:
+        meta = old
+        print(f"{out}: going on after {meta['done']:,} of {len(labels):,} images")
+    encode_images(args, tokenizer, list(labels), meta)
+    finish(out, labels, meta)
 
 
 def flags():
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = parser(__doc__)
     add = ap.add_argument
     add("folder", help="one subfolder per class, images in them")
     add("--out", default=f"{ROOT}/data/imagenet", help="folder to write (%(default)s)")

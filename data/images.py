@@ -6,7 +6,7 @@ Every folder of pictures in this repository is one of three kinds, and is listed
     list_pairs       pictures, each with its prompt beside it in NAME.txt
     folder_images    any pictures, at any depth: what FID compares with
 
-A picture that cannot be read raises Unreadable with the reason, and the caller decides: scripts
+A picture that cannot be read raises UserError with the reason, and the caller decides: scripts
 that prepare data leave it out and name it, statistics refuse the whole folder.
 
 # choice: 16-bit gray keeps its high byte, transparency is laid on white (clean-fid clips the one
@@ -17,17 +17,19 @@ import contextlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, NamedTuple
+from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torchvision.transforms.functional as TF
+from PIL import Image
 from tqdm import tqdm
 
-from machinery.errors import UserError
+from machinery.errors import UserError, explain
 from machinery.processes import gather
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = tuple(".jpeg .jpg .png .webp .bmp .gif .tif .tiff .ppm .pgm".split())
+BICUBIC = TF.InterpolationMode.BICUBIC                # Pillow's own: antialiased
 
 
 # ---------------------------------------------------------------------------------------- finding
@@ -56,16 +58,12 @@ def list_images(folder):
     if not classes:
         raise UserError(f"{folder} has no subfolders: expected one for each class, as in "
                         "train/n01440764/*.JPEG")
-    labels, empty = {}, []
+    labels = {}
     for label, name in enumerate(classes):
-        found = find_images(os.path.join(folder, name))
-        labels |= {os.path.relpath(path, folder): label for path in found}
+        found = find_images(f"{folder}/{name}")
         if not found:
-            empty.append(name)
-    if empty:
-        some = ", ".join(empty[:4]) + (", ..." if len(empty) > 4 else "")
-        raise UserError(f"{len(empty)} of the {len(classes)} class folders in {folder} hold no "
-                        f"images ({some}): fill or remove them")
+            raise UserError(f"{folder}: the class folder {name} holds no images: fill or remove it")
+        labels |= {os.path.relpath(path, folder): label for path in found}
     return classes, labels
 
 
@@ -85,18 +83,11 @@ def list_pairs(folder):
 
 
 # ---------------------------------------------------------------------------------------- opening
-class Unreadable(Exception):
-    """Why a picture or its text cannot be used, on one line."""
-
-
 @contextlib.contextmanager
 def opened(path, channels):
-    """The picture in a file, gray or RGB. What goes wrong inside the block becomes Unreadable."""
-    try:
-        with Image.open(path) as file:
-            yield convert(file, {1: "L", 3: "RGB"}[channels])
-    except Exception as err:                          # Pillow has a dozen kinds for a broken file
-        raise Unreadable(" ".join(f"{type(err).__name__}: {err}".split()))
+    """The picture in a file, gray or RGB. What goes wrong inside the block becomes a UserError."""
+    with explain("{}", Exception), Image.open(path) as file:      # Pillow has a dozen kinds
+        yield convert(file, "L" if channels == 1 else "RGB")
 
 
 def convert(img, mode):
@@ -110,17 +101,10 @@ def convert(img, mode):
     return img.convert("RGB").convert(mode)           # CMYK has no direct path to gray
 
 
-def pixels(img):
-    """A Pillow picture as uint8 (C, H, W)."""
-    return np.atleast_3d(np.array(img)).transpose(2, 0, 1)
-
-
 # ---------------------------------------------------------------------------------------- cutting
 def center_crop(img, size):
     """The shorter side resized to `size`, then the central square."""
-    w, h = (int(size * n / min(img.size)) for n in img.size)
-    x, y = round((w - size) / 2), round((h - size) / 2)
-    return img.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + size, y + size))
+    return TF.center_crop(TF.resize(img, size, BICUBIC), size)
 
 
 def random_crop(img, size, rng):
@@ -137,65 +121,61 @@ def random_crop(img, size, rng):
             side = drawn
             x, y = rng.integers(w - side + 1), rng.integers(h - side + 1)
             break
-    img = img.crop((x, y, x + side, y + side))
-    img = img.resize((size, size), Image.Resampling.BICUBIC)
-    return ImageOps.mirror(img) if rng.random() < 0.5 else img
+    img = TF.resized_crop(img, y, x, side, side, [size, size], BICUBIC)
+    return TF.hflip(img) if rng.random() < 0.5 else img
 
 
 def variants(path, image, flip=False, crops=0, seed=()):
     """An image cut for a teacher of `image` (C, H, W): uint8 (K, C, H, W), K = 1 + flip + crops.
 
     Crop k has a generator of its own, from (*seed, k): it does not depend on order, threads or
-    interruptions. Raises Unreadable.
+    interruptions. UserError if the file cannot be read.
     """
     channels, size, _ = image
     with opened(path, channels) as img:
         views = [center_crop(img, size)]
         if flip:
-            views.append(ImageOps.mirror(views[0]))
+            views.append(TF.hflip(views[0]))
         for k in range(crops):
             views.append(random_crop(img, size, np.random.default_rng([*seed, k])))
-        return np.stack([pixels(view) for view in views])
+        stack = torch.stack([TF.pil_to_tensor(view) for view in views])
+        return stack.contiguous(memory_format=torch.channels_last)            # as Pillow has it
 
 
-def read_ahead(read, items, batch, workers, done=0):
-    """For each batch of items: results of read(item), and (item, reason) of what is Unreadable.
+def read_ahead(read, items, batch, workers):
+    """For each batch of items: results of read(item), and (item, reason) where it was a UserError.
 
     Threads are always one batch ahead of what is yielded: Pillow works outside the GIL. A bar shows
-    progress; `done` were read before.
+    progress.
     """
-    ahead, unreadable = [], 0
-    bar = tqdm(total=done + len(items), initial=done, unit="image")
+    def attempt(item):
+        try:
+            return read(item), None
+        except UserError as err:
+            return None, (item, str(err))
+
+    unreadable = 0
+    bar = tqdm(total=len(items), unit="image")
     with ThreadPoolExecutor(workers) as pool, bar:
-        for start in range(0, len(items) + batch, batch):
-            part = items[start : start + batch]
-            now, ahead = ahead, [(item, pool.submit(read, item)) for item in part]
-            results, skipped = [], []
-            for item, future in now:
-                try:
-                    results.append(future.result())
-                except Unreadable as err:
-                    skipped.append((item, str(err)))
-            if now:
-                yield results, skipped
+        starts = range(0, len(items) + batch, batch)  # the last begins nothing
+        begun = (pool.map(attempt, items[start : start + batch]) for start in starts)
+        for now, _ in pairwise(begun):                # the next is begun before this is waited for
+            now = list(now)
+            skipped = [failure for _, failure in now if failure]
+            yield [result for result, failure in now if not failure], skipped
             unreadable += len(skipped)
             bar.set_postfix(skipped=unreadable, refresh=False)
             bar.update(len(now))
 
 
 # ------------------------------------------------------------------------------------- statistics
-class FolderImages(NamedTuple):
-    names: list                                       # paths, sorted
-    make: Callable                                    # indices (b,) -> b pictures, uint8 (C, H, W)
-    complain: Callable                                # raises UserError if one was unreadable
-
-
 def folder_images(folder, flag, image=None):
-    """All images of a folder and below it as FolderImages: RGB, each of its own size.
+    """All images of a folder and below it: RGB, each of its own size. A tuple:
 
-    image (C, H, W): resized and center-cropped to that. What cannot be read counts as black until
-    complain() raises, on every process: left out, it would make the statistics those of other
-    images.
+    names: paths, sorted; make: indices (b,) -> b pictures, uint8 (C, H, W); complain: raises
+    UserError, on every process, if one was unreadable. Until then it counts as black: left out, it
+    would make the statistics those of other images.
+    image (C, H, W): resized and center-cropped to that.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder}: no such folder; expected one with images in it")
@@ -208,8 +188,8 @@ def folder_images(folder, flag, image=None):
     def read(i):
         try:
             with opened(names[i], len(black)) as img:
-                return torch.from_numpy(pixels(center_crop(img, image[1]) if image else img))
-        except Unreadable as err:
+                return TF.pil_to_tensor(center_crop(img, image[1]) if image else img)
+        except UserError as err:
             unreadable.append(f"{names[i]} ({err})")
             return black
 
@@ -223,4 +203,4 @@ def folder_images(folder, flag, image=None):
             raise UserError(f"{flag} {folder}: {len(bad)} of {len(names)} images cannot be read: "
                             f"mend or remove them; the first is {bad[0]}")
 
-    return FolderImages(names, make, complain)
+    return names, make, complain

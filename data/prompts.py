@@ -26,66 +26,60 @@ label is a line of its prompts.txt. What cannot be read is listed in skipped.txt
 meta.json is unfinished; the command makes it anew.
 """
 
-import argparse
 import csv
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.images import Unreadable, list_pairs, read_ahead, text_beside, variants  # noqa: E402
-from data.tokens import describe, encode, token_dtype, tokenizer_flags, tokenizer_of  # noqa: E402
-from data.tokens import write_folder, write_lines  # noqa: E402
-from machinery.errors import UserError, guard  # noqa: E402
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
+from data.images import list_pairs, read_ahead, text_beside, variants  # noqa: E402
+from data.tokens import (  # noqa: E402
+    describe, encode, load_tokenizer, tokenizer_flags, write_folder, write_lines)
+from machinery.errors import UserError, explain, guard  # noqa: E402
 from machinery.files import ROOT, local  # noqa: E402
-from machinery.flags import number, positive_int  # noqa: E402
+from machinery.flags import number, parser, positive_int  # noqa: E402
 from teachers import SPECS  # noqa: E402
 
-CAPTIONS = ("caption", "TEXT", "text", "prompt")
-SCORES = ("AESTHETIC_SCORE", "aesthetic", "aesthetic_score")
+CAPTIONS = "caption TEXT text prompt".split()
+SCORES = "AESTHETIC_SCORE aesthetic aesthetic_score".split()
+
+# Not white space, which becomes a blank; nor what joins emoji or turns the direction of writing.
+CONTROL = r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]"
 
 
 # ------------------------------------------------------------------------------------- one prompt
-# Not white space, which becomes a blank; nor what joins emoji or turns the direction of writing.
-CONTROL = [i for i in (*range(32), *range(127, 160), 0xFEFF) if not chr(i).isspace()]
-
-
 def clean(text):
     """The text on one line, without control characters."""
-    return " ".join(text.translate(dict.fromkeys(CONTROL)).split())
+    return " ".join(re.sub(CONTROL, "", text).split())
 
 
 def read_prompts(path, flag="--prompts", numbered=False):
     """The prompts of a text file, one per line; empty lines are left out, if numbered refused."""
     expected = "expected a text file, one prompt per line"
-    try:
+    with explain(f"{flag} {path}: cannot read ({{}}); {expected}"):
         lines = Path(local(path)).read_text("utf-8").rstrip().split("\n")
-    except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"{flag} {path}: cannot read ({err}); {expected}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{flag} {path}: no prompt in it; {expected}")
     if numbered and len(prompts) < len(lines):
-        raise UserError(f"{flag} {path}: a line amid it is empty; expected a caption on each, as "
-                        "image i has line i")
+        raise UserError(f"{flag} {path}: there is an empty line in it; expected a caption on every "
+                        "line, because image i belongs to line i")
     return prompts
 
 
 # ---------------------------------------------------------------------------------------- sources
 # A reader yields (where, entry) for all that is in a file. An entry is a string, a record (dict),
-# or Broken: then the reader can go on after it. Bytes that are not UTF-8 pass as surrogates and
-# are named later, by find_prompt: a decoder that raises cannot go on. `wanted` are the fields that
-# may be asked for.
+# or a UserError: what is there is broken, and the reader can go on after it. Bytes that are not
+# UTF-8 pass as surrogates and are named later, by find_prompt: a decoder that raises cannot go on.
+# `wanted` are the fields that may be asked for.
 TEXT = dict(encoding="utf-8-sig", errors="surrogateescape")
-
-
-class Broken(Exception):
-    """Why an entry of a source is no prompt."""
 
 
 def read_text(path, wanted):
@@ -97,12 +91,9 @@ def read_text(path, wanted):
 def read_table(path, wanted):
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     with open(path, newline="", **TEXT) as f:
-        lines = (line.replace("\0", "") for line in f)            # Python 3.10's csv stops at NUL
-        table = csv.reader(lines, delimiter=delimiter, strict=True)
-        try:
+        table = csv.reader(f, delimiter=delimiter, strict=True)
+        with explain(f"{path}, line 1: {{}}, where the names of the fields should be", csv.Error):
             names = next(filter(None, table), [])                 # the first line that is not empty
-        except csv.Error as err:
-            raise UserError(f"{path}, line 1: {err}, where the names of the fields should be")
         names = [name.strip() for name in names]
         while True:
             where = f"line {table.line_num + 1}"                  # where a row begins
@@ -111,19 +102,15 @@ def read_table(path, wanted):
             except StopIteration:
                 return
             except csv.Error as err:
-                yield where, Broken(f"not a row of fields ({err})")
+                yield where, UserError(f"not a row of fields ({err})")
                 continue
             if len(row) == len(names):
                 yield where, dict(zip(names, row))
             elif row:                                             # and not an empty line
-                yield where, Broken(f"{len(row)} fields instead of {len(names)}")
+                yield where, UserError(f"{len(row)} fields instead of {len(names)}")
 
 
 NOT_JSON = (ValueError, RecursionError)               # also numbers and nestings beyond all bounds
-
-
-def invalid(err):
-    return f"invalid JSON ({getattr(err, 'msg', err)})"
 
 
 def read_json_lines(path, wanted):
@@ -132,7 +119,7 @@ def read_json_lines(path, wanted):
             try:
                 yield where, json.loads(line)
             except NOT_JSON as err:
-                yield where, Broken(invalid(err))
+                yield where, UserError(f"invalid JSON ({getattr(err, 'msg', err)})")
 
 
 def read_json(path, wanted):
@@ -141,19 +128,15 @@ def read_json(path, wanted):
             yield from read_json_lines(path, wanted)
             return
         f.seek(0)
-        try:
+        with explain(f"{path}: invalid JSON ({{}})", *NOT_JSON):  # there is nothing to go on with
             items = json.load(f)
-        except NOT_JSON as err:                       # there is nothing to go on with
-            raise UserError(f"{path}, line {getattr(err, 'lineno', 1)}: {invalid(err)}")
     for n, item in enumerate(items, 1):
         yield f"item {n}", item
 
 
 def read_parquet(path, wanted):
-    try:
+    with explain(f"{path}: reading parquet needs pyarrow: pip install pyarrow", ImportError):
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow")
     n = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as f:
@@ -172,50 +155,47 @@ READERS = {".txt": read_text, ".csv": read_table, ".tsv": read_table, ".json": r
 
 
 # ---------------------------------------------------------------------------- captions to prompts
-def choose(names, given, usual, path, flag):
-    """The field `given`, or the first usual one, among the names in a source's first record."""
-    wanted = [given] if given else usual
+def choose(record, wanted, path, flag):
+    """The first of the wanted fields that a source's first record has."""
     for name in wanted:
-        if name in names:
+        if name in record:
             return name
     raise UserError(f"{path}: expected a field {' or '.join(wanted)}, found "
-                    f"{', '.join(names) or 'none'}; name it by {flag}")
+                    f"{', '.join(record) or 'none'}; name it by {flag}")
 
 
 def find_prompt(entry, column, score_column):
-    """(clean prompt, score) of an entry; nan where there is no score. Raises Broken."""
-    if isinstance(entry, Broken):
+    """(clean prompt, score) of an entry; nan where there is no score. UserError if it is broken."""
+    if isinstance(entry, UserError):
         raise entry
     prompt, score, place = entry, None, "or a record"
     if isinstance(entry, dict):
         prompt, score, place = entry.get(column), entry.get(score_column), f"in the field {column}"
     if not isinstance(prompt, str):
         found = "nothing" if prompt is None else type(prompt).__name__
-        raise Broken(f"expected a string {place}, got {found}")
-    try:
+        raise UserError(f"expected a string {place}, got {found}")
+    with explain("invalid UTF-8", UnicodeEncodeError):
         prompt.encode()
+    with explain(f"the score in the field {score_column} is no number",
+                 TypeError, ValueError, OverflowError):
         return clean(prompt), float("nan" if score in (None, "") else score)
-    except UnicodeEncodeError:
-        raise Broken("invalid UTF-8")
-    except (TypeError, ValueError, OverflowError):
-        raise Broken(f"the score in the field {score_column} is no number")
 
 
 def read_source(path, args):
     """(prompt, score) of each entry of a source, or None for one that --skip_broken leaves out."""
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = Path(path).suffix.lower()
     if suffix not in READERS:
         raise UserError(f"{path}: expected a name that ends in {', '.join(READERS)}")
     column = score_column = None
-    wanted = {*CAPTIONS, *SCORES, args.column, args.score_column}
+    wanted = {*CAPTIONS, *SCORES, *args.column, *args.score_column}
     for where, entry in READERS[suffix](path, wanted):
         if isinstance(entry, dict) and column is None:
-            column = choose(entry, args.column, CAPTIONS, path, "--column")
+            column = choose(entry, args.column, path, "--column")
             if args.min_score is not None:
-                score_column = choose(entry, args.score_column, SCORES, path, "--score_column")
+                score_column = choose(entry, args.score_column, path, "--score_column")
         try:
             yield find_prompt(entry, column, score_column)
-        except Broken as err:
+        except UserError as err:
             if not args.skip_broken:
                 raise UserError(f"{path}, {where}: {err}; mend it, or leave out what is broken by "
                                 "--skip_broken")
@@ -260,15 +240,12 @@ def write_prompts(args):
 
 # -------------------------------------------------------------------------------- pairs to tokens
 def read_pair(path, image):
-    """(prompt, uint8 (1, C, H, W)) of an image and the text beside it. Raises Unreadable."""
-    try:
+    """(prompt, uint8 (1, C, H, W)) of an image and the text beside it. UserError if one is bad."""
+    with explain("its prompt: {}"):
         prompt = clean(Path(text_beside(path)).read_text("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as err:
-        raise Unreadable(f"its prompt: {err}")
-    views = variants(path, image)
     if not prompt:
-        raise Unreadable("its prompt is empty")
-    return prompt, views
+        raise UserError("its prompt is empty")
+    return prompt, variants(path, image)
 
 
 def write_pairs(args):
@@ -277,20 +254,20 @@ def write_pairs(args):
         raise UserError(f"{args.teacher} learned classes, not prompts: its tokens are made by "
                         "data/imagenet.py")
     names = list_pairs(folder)[: args.limit]
-    tokenizer = tokenizer_of(args)
+    tokenizer = load_tokenizer(
+        args.teacher, args.tokenizer_weights, args.random_weights, args.device)
     meta = describe(tokenizer, args.teacher, os.path.abspath(folder))
-    dtype = token_dtype(meta["V"])
     os.makedirs(args.out, exist_ok=True)              # fails now where nothing can be written
 
     def read(name):
-        return read_pair(os.path.join(folder, name), spec.image)
+        return read_pair(f"{folder}/{name}", spec.image)
 
     x, labels, line_of, skipped = [], [], {}, []      # line_of: each prompt once, and its line
     for good, bad in read_ahead(read, names, args.batch, workers=8):
         skipped += [f"{name}\t{why}" for name, why in bad]
         if good:
             prompts, views = zip(*good)
-            x.append(encode(tokenizer, np.concatenate(views)).astype(dtype))
+            x.append(encode(tokenizer, torch.cat(views)))
             labels += [line_of.setdefault(prompt, len(line_of)) for prompt in prompts]
     if not labels:
         raise UserError(f"none of the {len(names):,} pairs in {folder} can be read; the first, "
@@ -298,8 +275,7 @@ def write_pairs(args):
     meta |= dict(n=len(labels), variants=1, prompts=len(line_of), skipped=len(skipped),
                  complete=True)
     texts = {"prompts.txt": line_of, "skipped.txt": skipped}
-    labels = np.array(labels, np.uint32)
-    write_folder(args.out, np.concatenate(x), labels, meta, texts)
+    write_folder(args.out, np.concatenate(x), np.array(labels, np.uint32), meta, texts)
     story = f"{len(skipped)} images left out, listed in skipped.txt" if skipped else "none skipped"
     print(f"{args.out}: {len(labels):,} images, {len(line_of):,} prompts; {story}")
 
@@ -310,7 +286,7 @@ def main(args):
         raise UserError("expected either SOURCE files with prompts, or --images FOLDER")
     default = "pairs" if args.images else "prompts.txt"
     args.out = args.out or f"{ROOT}/data/{default}"
-    inputs = [os.path.realpath(path) for path in args.sources or [args.images]]
+    inputs = map(os.path.realpath, args.sources or [args.images])
     if os.path.realpath(args.out) in inputs:
         raise UserError(f"--out {args.out} would overwrite what it is made from")
     if args.images:
@@ -322,19 +298,18 @@ def main(args):
 
 
 def flags():
-    ap = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = parser(__doc__)
     ap.add_argument("--out", help="what to write: a file of prompts (data/prompts.txt), or a "
                                   "folder of pairs (data/pairs)")
     ap.add_argument("--limit", type=positive_int, metavar="N",
                     help="keep the first N prompts; take the first N images (all)")
     add = ap.add_argument_group("prompts").add_argument
     add("sources", nargs="*", metavar="SOURCE", help="a file with prompts; several are read as one")
-    add("--column", metavar="NAME",
+    add("--column", nargs=1, default=CAPTIONS, metavar="NAME",
         help=f"the prompt's field (the first found of {', '.join(CAPTIONS)})")
     add("--min_score", type=number(), metavar="X",
         help="keep prompts with a score of X or more (all)")
-    add("--score_column", metavar="NAME",
+    add("--score_column", nargs=1, default=SCORES, metavar="NAME",
         help=f"the score's field (the first found of {', '.join(SCORES)})")
     add("--max_chars", type=positive_int, default=1000,
         help="leave out prompts of more characters (%(default)s)")

@@ -10,21 +10,19 @@ The same arrays in one .npz will do (`prompts` an array of strings). A folder wi
 unfinished: it is removed first and written last.
 """
 
+import functools
 import hashlib
 import json
-import lzma
-import math
 import os
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from machinery.errors import UserError
+from machinery.errors import UserError, explain
 from machinery.files import fingerprint, local, replacing
-from machinery.flags import check_device, default_device, positive_int
+from machinery.flags import add_device, add_weights, check_device, positive_int
 from machinery.processes import send
 from teachers import SPECS, build
 
@@ -35,32 +33,26 @@ def tokenizer_flags(ap, teachers, default):
     add = ap.add_argument
     add("--teacher", default=default, choices=teachers,
         help="whose tokenizer and image size (%(default)s)")
-    add("--tokenizer_weights", metavar="PATH", help="local file instead of the published tokenizer")
+    add_weights(add, "tokenizer")
     add("--random_weights", action="store_true",
         help="untrained tokenizer: to try speed before a download")
     add("--batch", type=positive_int, default=64,
         help="images that the tokenizer takes at a time (%(default)s)")
-    add("--device", choices=["cuda", "cpu"], default=default_device(),
-        help="where the tokenizer runs (%(default)s)")
+    add_device(add)
 
 
-def load_tokenizer(name, path=None, random_weights=False):
+def load_tokenizer(name, path=None, random_weights=False, device="cpu"):
     """The frozen tokenizer of the teacher called `name`, without the teacher."""
-    return build(SPECS[name], "tokenizer", path, random_weights).eval().requires_grad_(False)
-
-
-def tokenizer_of(args):
-    """The tokenizer that tokenizer_flags name, on its device."""
-    check_device(args.device)
-    tokenizer = load_tokenizer(args.teacher, args.tokenizer_weights, args.random_weights)
-    return tokenizer.to(args.device)
+    check_device(device)
+    tokenizer = build(SPECS[name], "tokenizer", path, random_weights)
+    return tokenizer.eval().requires_grad_(False).to(device)
 
 
 def encode(tokenizer, pixels, batch=64):
-    """uint8 images (n, C, H, W) -> tokens (n, L, G), numpy to numpy."""
-    device, parts = next(tokenizer.parameters()).device, torch.from_numpy(pixels).split(batch)
-    x = torch.cat([tokenizer.encode(part.to(device).float() / 255) for part in parts])
-    return x.cpu().numpy()
+    """uint8 images (n, C, H, W) -> tokens (n, L, G), a numpy array."""
+    device = next(tokenizer.parameters()).device
+    x = torch.cat([tokenizer.encode(part.to(device).float() / 255) for part in pixels.split(batch)])
+    return x.cpu().numpy().astype(token_dtype(tokenizer.V))
 
 
 def describe(tokenizer, name, source):
@@ -68,13 +60,13 @@ def describe(tokenizer, name, source):
     spec, sha256 = SPECS[name], hashlib.sha256()
     for key, tensor in sorted(tokenizer.state_dict().items()):
         sha256.update(key.encode() + tensor.cpu().numpy().tobytes())
-    _, L, G = encode(tokenizer, np.zeros((1, *spec.image), np.uint8)).shape
-    sizes = dict(V=tokenizer.V, L=L, G=G, classes=spec.classes)
-    return dict(teacher=name, **sizes, source=source, tokenizer=sha256.hexdigest())
+    _, L, G = encode(tokenizer, torch.zeros(1, *spec.image, dtype=torch.uint8)).shape
+    return dict(teacher=name, V=tokenizer.V, L=L, G=G, classes=spec.classes, source=source,
+                tokenizer=sha256.hexdigest())
 
 
 def token_dtype(V):
-    return np.dtype(np.uint8 if V <= 256 else np.uint16)
+    return np.min_scalar_type(V - 1)
 
 
 def begin_folder(out):
@@ -91,6 +83,14 @@ def write_lines(path, lines):
             f.writelines(f"{line}\n".encode(errors="surrogateescape") for line in lines)
 
 
+def save_array(path, array):
+    try:
+        with replacing(path) as f:
+            np.save(f, array)
+    finally:                                          # on a full disk, give back what was written
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+
+
 def write_meta(out, meta):
     with replacing(f"{out}/meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
@@ -104,9 +104,8 @@ def write_folder(out, tokens, labels, meta, texts={}):
     begin_folder(out)
     for name, lines in texts.items():
         write_lines(f"{out}/{name}", lines)
-    for name, array in (("tokens", tokens), ("labels", labels)):
-        with replacing(f"{out}/{name}.npy") as f:
-            np.save(f, array)
+    save_array(f"{out}/tokens.npy", tokens)
+    save_array(f"{out}/labels.npy", labels)
     write_meta(out, meta)
 
 
@@ -119,14 +118,8 @@ def write_packed(f, **arrays):
 
 
 # ---------------------------------------------------------------------------------------- reading
-class Loaded(NamedTuple):
-    tokens: np.ndarray                                # (n, L, G)
-    labels: np.ndarray                                # (n,) classes, or lines of the prompts
-    prompts: list | None                              # None for class teachers
-
-
 def read_arrays(path, text):
-    """(Loaded, meta) as they stand in a folder, memory-mapped, or in an .npz."""
+    """(tokens, labels, prompts, meta) as they stand in a folder, memory-mapped, or in an .npz."""
     prompts = None
     if os.path.isdir(path):
         x = np.load(f"{path}/tokens.npy", mmap_mode="r")
@@ -139,24 +132,22 @@ def read_arrays(path, text):
             x, labels, meta = f["tokens"], f["labels"], f.get("meta", "{}")
             if text:
                 prompts = f["prompts"].tolist()
-    return Loaded(x, labels, prompts), json.loads(str(meta))
+    return x, labels, prompts, json.loads(str(meta))
 
 
 def load_tokens(path, teacher):
-    """Loaded, for this teacher, from a folder that a script wrote, or from a packed .npz.
+    """Tokens (n, L, G), labels (n,) and prompts for this teacher: from a folder, or a packed .npz.
 
-    UserError where the tokens are unfinished, damaged, or not this teacher's.
+    Labels are classes and prompts are None, or labels are lines of the prompts. UserError where the
+    tokens are unfinished, damaged, or not this teacher's.
     """
-    net, text = teacher.net, teacher.text is not None
+    net, text, path = teacher.net, teacher.text is not None, local(path)
     what, maker = "real tokens", "worlds/fashion.py or data/imagenet.py"
     if text:
         what, maker = "real tokens with their prompts", "data/prompts.py --images"
-    path = local(path)
-    try:
-        loaded, meta = read_arrays(path, text)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as err:
-        raise UserError(f"--data {path}: cannot read {what} ({err}); prepare them with {maker}")
-    x, labels, prompts = loaded
+    # Any exception: numpy, zipfile, lzma and json have one each for a broken file.
+    with explain(f"--data {path}: cannot read {what} ({{}}); prepare them with {maker}", Exception):
+        x, labels, prompts, meta = read_arrays(path, text)
     if not meta.get("complete", True):
         raise UserError(f"--data {path}: these tokens are unfinished; run the command that makes "
                         "them again, it goes on")
@@ -173,62 +164,60 @@ def load_tokens(path, teacher):
     if labels.max() >= known:
         raise UserError(f"--data {path}: label {labels.max()}, but {known} "
                         f"{'prompts' if text else 'classes'}")
-    return loaded
+    return x, labels, prompts
 
 
 def synthetic_prompts():
     return [f"prompt {i}" for i in range(64)]
 
 
-def synthetic_tokens(teacher, n=1024):
-    """Loaded, drawn at random: for --profile."""
+def synthetic_tokens(teacher):
+    """Drawn at random, as load_tokens returns them: for --profile."""
+    net, n, draw = teacher.net, 1024, np.random.default_rng(0)
     prompts = synthetic_prompts() if teacher.text else None
-    known = len(prompts) if prompts else teacher.spec.classes
-    draw, net = np.random.default_rng(0), teacher.net
     x = draw.integers(net.V, size=(n, net.L, net.G))
-    return Loaded(x, draw.integers(known, size=n), prompts)
+    return x, draw.integers(len(teacher.conditions(prompts)), size=n), prompts
 
 
 class RealTokens:
     """Real tokens x (n, L, G) and their conditions, in an order that (seed, index) determine."""
 
     def __init__(self, path, teacher, seed):
-        loaded = load_tokens(path, teacher) if path else synthetic_tokens(teacher)
-        self.x, self.labels, self.prompts = loaded
+        self.x, self.labels, self.prompts = (
+            load_tokens(path, teacher) if path else synthetic_tokens(teacher))
         self.conditions = teacher.conditions(self.prompts)
-        self.V, self.seed, self.epoch = teacher.net.V, seed, None
+        self.V, self.seed = teacher.net.V, seed
 
-    def place(self, i):
-        """Where the i-th image of training is; each epoch is shuffled anew."""
-        epoch, k = divmod(i, len(self.labels))
-        if epoch != self.epoch:
-            shuffle = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, shuffle.permutation(len(self.labels))
-        return self.order[k]
+    @functools.lru_cache(maxsize=1)
+    def order(self, epoch):
+        """Each epoch is shuffled anew."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
 
     def batch(self, start, count):
         """Tokens (count, L, G) on the device; and which of `conditions` are theirs, on the host."""
-        places = [self.place(i) for i in range(start, start + count)]
+        n = len(self.labels)
+        places = [self.order(i // n)[i % n] for i in range(start, start + count)]
         x = self.x[places].astype(np.int64)
-        labels = self.labels[places].astype(np.int64)
+        labels = torch.from_numpy(self.labels[places].astype(np.int64))
         if x.max() >= self.V or x.min() < 0:
             raise UserError(f"--data: a token {x.max()} among rows {places}, where all are below "
                             f"{self.V}: the file is damaged, make it again")
-        return send(torch.from_numpy(x), self.conditions.device), torch.from_numpy(labels)
+        return send(torch.from_numpy(x), self.conditions.device), labels
 
 
 # ---------------------------------------------------------------------------------------- prompts
+CHUNK = 16                                            # prompts that are encoded at a time
+
+
 class TextFeatures:
     """The conditions that prompts stand for. Each prompt is encoded once, when it is first drawn.
 
-    Always 16 prompts at a time: a prompt's features are the same bits whichever others are new
+    Always CHUNK prompts at a time: a prompt's features are the same bits whichever others are new
     with it, and a resumed run stays exact. conditions (n, context) are token ids. Features are kept
     in memory, or in a folder (--text_cache), where they outlive the run, for the same prompts and
     text encoder: a sparse file for each part of the condition, and one that says which rows are
     filled in.
     """
-
-    CHUNK = 16
 
     def __init__(self, teacher, conditions, cache="memory", limit=16e9):
         self.teacher, self.conditions = teacher, conditions
@@ -242,20 +231,19 @@ class TextFeatures:
                         "each is encoded whenever it is drawn. --text_cache FOLDER keeps them on "
                         "disk")
             return
-        if cache != "memory":
-            cache += f"/{teacher.spec.name}-{fingerprint([conditions, *first])}"
-            os.makedirs(cache, exist_ok=True)
-
-        def rows(i, part):
-            """n rows of the i-th part, zero until they are filled in."""
-            shape, kind = (n, *part.shape[1:]), part.dtype
-            if cache == "memory":
-                return torch.zeros(shape, dtype=kind)             # untouched pages take none
-            file = torch.from_file(f"{cache}/{i}.bin", True, math.prod(shape), dtype=kind)
-            return file.view(shape)
-
+        folder = f"{cache}/{teacher.spec.name}-{fingerprint([conditions, *first])}"
         first.append(torch.zeros(1, dtype=torch.bool))            # known: is this row filled in?
-        *self.parts, self.known = [rows(i, part) for i, part in enumerate(first)]
+        kept = []                                     # n rows for each of these, zero until then
+        for i, part in enumerate(first):
+            shape = n, *part.shape[1:]
+            if cache == "memory":
+                kept.append(part.new_zeros(shape))
+            else:
+                os.makedirs(folder, exist_ok=True)
+                file = torch.from_file(
+                    f"{folder}/{i}.bin", True, n * part.numel(), dtype=part.dtype)
+                kept.append(file.view(shape))
+        *self.parts, self.known = kept
 
     def __call__(self, which):
         """cond of rows `which` (B,) of the conditions, a tensor on the host."""
@@ -263,9 +251,9 @@ class TextFeatures:
         if self.parts is None:
             return self.teacher.cond(self.conditions[send(which, device)])
         new = which[~self.known[which]].unique()
-        for start in range(0, len(new), self.CHUNK):
-            some = new[start : start + self.CHUNK]
-            full = some[torch.arange(self.CHUNK) % len(some)]
+        for start in range(0, len(new), CHUNK):
+            some = new[start : start + CHUNK]
+            full = some[torch.arange(CHUNK) % len(some)]
             cond = self.teacher.cond(self.conditions[send(full, device)])
             for kept, part in zip(self.parts, cond):
                 kept[some] = part[: len(some)].cpu()

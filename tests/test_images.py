@@ -65,10 +65,10 @@ def test_variants_are_the_plain_image_its_mirror_and_the_numbered_crops(tmp_path
     square = noise(0, 64, 64)
     square.save(tmp_path / "a.png")
     plain, mirrored, *crops = images.variants(f"{tmp_path}/a.png", (3, 32, 32), True, 2, (7, 5))
-    assert np.array_equal(plain.transpose(1, 2, 0), images.center_crop(square, 32))
-    assert np.array_equal(plain[:, :, ::-1], mirrored)
+    assert np.array_equal(plain.permute(1, 2, 0), images.center_crop(square, 32))
+    assert torch.equal(plain.flip(-1), mirrored)
     for k in range(2):
-        assert np.array_equal(crops[k].transpose(1, 2, 0), crop(square, 7, 5, k))
+        assert np.array_equal(crops[k].permute(1, 2, 0), crop(square, 7, 5, k))
 
 
 def test_a_crop_that_fits_nowhere_is_the_center_square_or_its_mirror():
@@ -83,6 +83,12 @@ def test_a_crop_that_fits_nowhere_is_the_center_square_or_its_mirror():
 def test_a_center_crop_has_the_size_asked_for_whatever_the_shape():
     for w, h in ((256, 256), (96, 64), (33, 100)):
         assert images.center_crop(noise(0, h, w), 32).size == (32, 32)
+
+
+def test_a_center_crop_is_the_middle_of_pillows_bicubic():
+    wide = noise(0, 64, 96)
+    expected = wide.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    assert np.array_equal(images.center_crop(wide, 32), expected)
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -108,24 +114,24 @@ def test_pairs_are_images_with_a_text_of_their_name_beside_them(tmp_path):
     assert images.list_pairs(folder) == ["a.JPG", "b.png"]
 
 
-def test_a_folder_of_images_has_results_by_name(tmp_path):
+def test_a_folder_of_images_is_read_by_number_and_what_is_unreadable_is_named(tmp_path):
     for i in range(10):
         noise(i, 20, 30).save(tmp_path / f"{i}.png")
-    found = images.folder_images(str(tmp_path), "--real")
-    img, = found.make(torch.tensor([3]))
+    names, make, complain = images.folder_images(str(tmp_path), "--real")
+    img, = make(torch.tensor([3]))
     assert np.array_equal(img.permute(1, 2, 0), noise(3, 20, 30))
-    assert found.names[3] == f"{tmp_path}/3.png"
-    found.complain()
+    assert names[3] == f"{tmp_path}/3.png"
+    complain()
     (tmp_path / "3.png").write_bytes(b"cut")
-    assert found.make(torch.tensor([3]))[0].tolist() == [[[0]]] * 3
+    assert make(torch.tensor([3]))[0].tolist() == [[[0]]] * 3
     with pytest.raises(UserError, match="1 of 10 images cannot be read: .*3.png .Unidentified"):
-        found.complain()
+        complain()
 
 
 def test_batches_are_read_ahead_in_order_and_what_is_unreadable_is_named():
     def read(i):
         if i % 3 == 1:
-            raise images.Unreadable(f"no {i}")
+            raise UserError(f"no {i}")
         return i
 
     for n, sizes in ((0, []), (1, [1]), (4, [4]), (5, [4, 1]), (8, [4, 4])):
@@ -160,8 +166,8 @@ def encode(folder, out, *more):
 
 def load(path):
     """(tokens, labels, meta) by train.py's own reader."""
-    loaded = load_tokens(str(path), tiny_teacher("maskbit-tiny"))
-    return loaded.tokens, loaded.labels, json.loads((path / "meta.json").read_text())
+    x, labels, _ = load_tokens(str(path), tiny_teacher("maskbit-tiny"))
+    return x, labels, json.loads((path / "meta.json").read_text())
 
 
 def test_encoding_interrupted_anywhere_ends_in_the_same_bytes(tmp_path, monkeypatch):
@@ -202,7 +208,7 @@ def test_unreadable_images_are_named_and_leave_no_rows(tmp_path):
     assert list(y[:10]) == [0] * 8 + [1] * 2
     views = images.variants(os.path.join(folder, "9/49.png"), (1, 32, 32), flip=True)
     tokenizer = tokens.load_tokenizer("maskbit-tiny", random_weights=True)
-    assert np.array_equal(x[-2:], tokenizer.encode(torch.from_numpy(views).float() / 255))
+    assert np.array_equal(x[-2:], tokenizer.encode(views.float() / 255))
     assert np.array_equal(x[-2:], tokens.encode(tokenizer, views, batch=1))
 
 
@@ -216,7 +222,7 @@ def test_each_image_has_crops_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "encode", remembers)
     encode(folder, tmp_path / "a", "--crops", "1", "--seed", "3")
     views = images.variants(f"{folder}/9/49.png", (1, 32, 32), crops=1, seed=(3, 49))
-    assert np.array_equal(np.concatenate(seen)[-2:], views)
+    assert torch.equal(torch.cat(seen)[-2:], views)
 
 
 def test_tokens_say_which_weights_made_them(tmp_path):
@@ -255,9 +261,9 @@ def test_folders_without_classes_or_images_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
     refused("one for each class")
     (tmp_path / "in" / "cats").mkdir()
-    refused("hold no images .cats")
+    refused("the class folder cats holds no images")
     (tmp_path / "in" / "cats" / "a.png").touch()
-    refused("1 class folders .* knows 10: .*; --allow_other_classes")
+    refused("1 class folders .* knows 10: .* --allow_other_classes goes on")
     refused("none of the 1 images", "--allow_other_classes")
     refused("none of the 1 images", "--allow_other_classes")      # the first try left nothing
     assert os.listdir(tmp_path / "out") == []
