@@ -1,8 +1,9 @@
 """The text-to-image benchmarks that evaluate.py runs: GenEval, HPS v2, CLIP score.
 
 Each is a function that reads what the benchmark needs and returns a `Benchmark`: prompts, and what
-to do with their images. `load_benchmarks` makes them from the flags, and `run_benchmark` draws and
-scores one. The rules of GenEval are in metrics/geneval.py.
+to do with their images: write them where the official programs look, and score them.
+`load_benchmarks` makes them from the flags, and `run_benchmark` draws and scores one. The rules of
+GenEval are in metrics/geneval.py.
 """
 
 import json
@@ -44,11 +45,12 @@ TINY_CLIP = dict(                                        # to try the code witho
 
 
 class Benchmark(NamedTuple):
-    prompts: list                # one per image
-    lay: Callable                # lay(folder): make the folders for the images; they must be new
-    score: Callable              # score(folder, part, pictures): write and score the images of
-    #                              prompts[part], a slice: (b,)
-    row: Callable                # row(scores): of the scores (n,) of all images, what a row says
+    """Prompts, and what becomes of their images."""
+
+    prompts: list            # one per image
+    lay: Callable            # lay(folder) makes the folders for the images; they must be new
+    score: Callable          # score(folder, part, pictures) -> (b,): of prompts[part], a slice
+    row: Callable            # row(scores (n,) of all images) -> what a row of results says
 
 
 # -------------------------------------------------------------------- the networks that score
@@ -125,10 +127,6 @@ def geneval(args, path, device, load_detector):
 # scores do not compare: always say which one it was (here v2.1).
 HPS_STYLES = "anime concept-art paintings photo".split()
 PER_STYLE = 800                                          # prompts
-HPS_FILES = (
-    "expected HPDv2's folder `benchmark`, "
-    "with anime.json, concept-art.json, paintings.json, photo.json"
-)
 
 
 def read_hps(folder):
@@ -136,7 +134,10 @@ def read_hps(folder):
     prompts = []
     for style in HPS_STYLES:
         path = f"{folder}/{style}.json"
-        with explain(f"cannot read {path} ({{}}): {HPS_FILES}", OSError, ValueError, TypeError):
+        with explain(
+            f"cannot read {path} ({{}}): expected HPDv2's folder `benchmark`, "
+            "with anime.json, concept-art.json, paintings.json, photo.json"
+        ):
             lines = json.loads(Path(path).read_text("utf-8"))
             kinds = [type(line) for line in lines]
             expect(kinds == [str] * PER_STYLE, f"{PER_STYLE} strings, got {len(lines)} entries")
@@ -195,10 +196,10 @@ def hps(args, path, device, load_detector):
 # It is drawn for two lists of 30,000 prompts, and so is a FID.
 #
 # COCO-30k: a fixed list of 30,000 captions (DMD2's captions_coco14_test.txt), one image each. FID
-# compares with *all* 40,504 images of val2014, and both sides go through `coco_crop` to 256 px, then
-# `clean_resize` to Inception's 299 (networks/inception.py). MJHQ-30k: its 30,000 prompts against its
-# 30,000 images, by `clean_resize` alone; the paper mentions no crop. `evaluate.py --benchmark clip
-# --save_images` writes the generated side of either.
+# compares with *all* 40,504 images of val2014, and both sides go through `coco_crop` to 256 px,
+# then `clean_resize` to Inception's 299 (networks/inception.py). MJHQ-30k: its 30,000 prompts
+# against its 30,000 images, by `clean_resize` alone; the paper mentions no crop. `evaluate.py
+# --benchmark clip --save_images` writes the generated side of either.
 def clip_score_tokens(captions):
     """Token ids (n, 77) of "A photo depicts" and the caption (as in DMD2's coco_evaluator.py).
 
@@ -262,12 +263,14 @@ def expect_text(spec, benchmark):
 
 def expect_flags(args, names):
     """UserError for flags that do not belong to the benchmarks called `names`."""
+    paths = args.metadata or []
     if args.benchmark and args.metrics:
-        one = args.benchmark
-        raise UserError(f"--benchmark {one} is short for --metrics {one}: give one of the two")
-    if args.metadata and not names:
-        users = " or ".join(BENCHMARKS)
-        raise UserError(f"--metadata {args.metadata[0]} belongs to --benchmark {users}")
+        raise UserError(
+            f"--benchmark {args.benchmark} is short for --metrics {args.benchmark}: "
+            "give one of the two"
+        )
+    if paths and not names:
+        raise UserError(f"--metadata {paths[0]} belongs to --benchmark {' or '.join(BENCHMARKS)}")
     running = [*names, "geneval"] if args.geneval_folder else names
     for flag, reader in READ_BY.items():
         value = getattr(args, flag)
@@ -278,13 +281,12 @@ def expect_flags(args, names):
             f"--geneval_folder {args.geneval_folder} is scored here: "
             "add --detector mask2former, or shapes"
         )
-    if names and not args.metadata:
+    if names and not paths:
         raise UserError(f"--benchmark {names[0]} needs --metadata PATH: {BENCHMARKS[names[0]][1]}")
-    count = len(args.metadata or [])
-    if count != len(names):
+    if len(paths) != len(names):
         raise UserError(
             f"--metadata: expected a path for each of {', '.join(names)}, in this order, "
-            f"got {count}"
+            f"got {len(paths)}"
         )
 
 
@@ -337,5 +339,7 @@ def geneval_folder(args, device, load_detector):
         raise UserError(
             f"--geneval_folder {folder}: no images; expected <index>/samples/<n>.png in it"
         )
-    row = {"model": folder, "kind": "folder", "n": len(verdicts)}
-    return row | geneval_table(verdicts) | detector.facts
+    return {
+        "model": folder, "kind": "folder", "n": len(verdicts),
+        **geneval_table(verdicts), **detector.facts,
+    }
