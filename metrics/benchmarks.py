@@ -1,36 +1,33 @@
 """The text-to-image benchmarks that evaluate.py runs: GenEval, HPS v2, CLIP score.
 
-Each is a class with the same four things:
-
-    prompts                          one per image
-    lay(folder)                      makes the folders for the images; they must be new
-    score(folder, part, pictures)    writes and scores the images of prompts[part], a slice: (b,)
-    row(scores)                      the scores (n,) of all images -> what a row of results says
-
-`load_benchmarks` makes them from the flags, and `run_benchmark` draws and scores one.
+Each is a function that reads what the benchmark needs and returns a `Benchmark`: prompts, and what
+to do with their images: write them where the official programs look, and score them.
+`load_benchmarks` makes them from the flags, and `run_benchmark` draws and scores one. The rules of
+GenEval are in metrics/geneval.py.
 """
 
-import functools
-import os
+import json
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from data.prompts import read_prompts
-from machinery.errors import UserError
+from machinery.errors import UserError, explain
 from machinery.files import fingerprint
 from machinery.pictures import picture, save_images
-from machinery.processes import barrier, is_main
-from metrics.clip_score import clip_score_tokens
+from machinery.processes import is_main
 from metrics.engine import scored
 from metrics.geneval import (
-    Detector, color_classifier, geneval_table, read_geneval, read_metadata, write_geneval
+    Detector, color_classifier, expect, geneval_table, read_geneval, read_metadata, write_geneval
 )
-from metrics.hps import HPS_STYLES, PER_STYLE, as_jpeg, hps_table, read_hps
 from networks.clip import CLIP_G, CLIP_H, CLIP_L, ClipReward, preprocess_longest, preprocess_pil
 from networks.inception import coco_crop
 from networks.mask2former import CLASSES, load_mask2former, mask2former
+from networks.text import byte_pairs
 from reward import load_model
 from teachers import SPECS
 
@@ -47,6 +44,15 @@ TINY_CLIP = dict(                                        # to try the code witho
 )
 
 
+class Benchmark(NamedTuple):
+    """Prompts, and what becomes of their images."""
+
+    prompts: list            # one per image
+    lay: Callable            # lay(folder) makes the folders for the images; they must be new
+    score: Callable          # score(folder, part, pictures) -> (b,): of prompts[part], a slice
+    row: Callable            # row(scores (n,) of all images) -> what a row of results says
+
+
 # -------------------------------------------------------------------- the networks that score
 def load_clip(args, name, config, device):
     """(a frozen CLIP that measures cosines, what rows say of it).
@@ -55,8 +61,10 @@ def load_clip(args, name, config, device):
     """
     path = getattr(args, f"{name}_weights")
     tiny = args.random_weights and not path
-    make = functools.partial(ClipReward, TINY_CLIP if tiny else config, name)
-    model = load_model(name, make, path, tiny).to(device).eval().requires_grad_(False)
+    if tiny:
+        config = TINY_CLIP
+    model = load_model(name, lambda: ClipReward(config, name), path, tiny)
+    model.to(device).eval().requires_grad_(False)
     model.scaled = False
     if tiny:
         return model, {f"{name}_weights": "random", "note": RANDOM}
@@ -67,10 +75,10 @@ def mask2former_detector(args, device):
     """The Detector of --detector mask2former."""
     net = load_mask2former(args.detector_weights, args.random_weights, device)
     model, facts = load_clip(args, "clip_l", CLIP_L, device)
-    kind, note = "transformers", OTHER_DETECTOR
+    kind, facts["note"] = "transformers", OTHER_DETECTOR
     if args.random_weights and not (args.detector_weights and args.clip_l_weights):
-        kind, note = "random", RANDOM
-    facts.update(detector=f"{kind} mask2former {fingerprint(net)}", note=note)
+        kind, facts["note"] = "random", RANDOM
+    facts["detector"] = f"{kind} mask2former {fingerprint(net)}"
     return Detector(mask2former(net, device), color_classifier(model, device), CLASSES, facts)
 
 
@@ -87,101 +95,154 @@ def load_checked(args, metadata, device, load_detector):
     return detector
 
 
-# -------------------------------------------------------------------------------- the benchmarks
-class GenEval:
+# ------------------------------------------------------------------------------------ GenEval
+def geneval(args, path, device, load_detector):
     """Images in GenEval's layout, for its own programs; with --detector also scored here."""
+    lines, per_prompt = read_metadata(path), args.per_prompt
+    metadata = [line for line in lines for _ in range(per_prompt)]       # of each image
+    detector = load_checked(args, lines, device, load_detector) if args.detector else None
 
-    def __init__(self, args, path, device, load_detector):
-        lines = read_metadata(path)
-        self.per_prompt = args.per_prompt
-        self.metadata = [line for line in lines for _ in range(self.per_prompt)]
-        self.prompts = [line["prompt"] for line in self.metadata]
-        self.detector = None
-        if args.detector:
-            self.detector = load_checked(args, lines, device, load_detector)
+    def lay(folder):
+        write_geneval(folder, lines)
 
-    def lay(self, folder):
-        write_geneval(folder, self.metadata[:: self.per_prompt])
-
-    def score(self, folder, part, pictures):
+    def score(folder, part, pictures):
         for i, img in enumerate(pictures, part.start):
-            prompt, sample = divmod(i, self.per_prompt)
-            img.save(f"{folder}/{prompt:05d}/samples/{sample:05d}.png")
-        if not self.detector:
+            img.save(f"{folder}/{i // per_prompt:05d}/samples/{i % per_prompt:05d}.png")
+        if not detector:
             return [False] * len(pictures)
-        pairs = zip(self.metadata[part], pictures)
-        return [self.detector.is_right(line, img) for line, img in pairs]
+        return [detector.is_right(line, img) for line, img in zip(metadata[part], pictures)]
 
-    def row(self, scores):
-        row = {"per_prompt": self.per_prompt, "geneval": None}
-        if self.detector:
-            tags = [line["tag"] for line in self.metadata]
-            row |= geneval_table(zip(tags, scores.tolist())) | self.detector.facts
-        return row
+    def row(scores):
+        if not detector:
+            return {"per_prompt": per_prompt, "geneval": None}
+        verdicts = zip([line["tag"] for line in metadata], scores.tolist())
+        return {"per_prompt": per_prompt, **geneval_table(verdicts), **detector.facts}
+
+    return Benchmark([line["prompt"] for line in metadata], lay, score, row)
 
 
-class HPS:
+# ------------------------------------------------------------------------------------- HPS v2
+# What people prefer, by a CLIP trained on their choices, on 3,200 prompts in four styles (Wu et al.
+# 2023). A score is 100 cos of image and prompt. HPS v2.0 and v2.1 are different networks, and their
+# scores do not compare: always say which one it was (here v2.1).
+HPS_STYLES = "anime concept-art paintings photo".split()
+PER_STYLE = 800                                          # prompts
+
+
+def read_hps(folder):
+    """The 3,200 prompts in the folder `benchmark` of the data set zhwang/HPDv2, style by style."""
+    prompts = []
+    for style in HPS_STYLES:
+        path = f"{folder}/{style}.json"
+        with explain(
+            f"cannot read {path} ({{}}): expected HPDv2's folder `benchmark`, "
+            "with anime.json, concept-art.json, paintings.json, photo.json"
+        ):
+            lines = json.loads(Path(path).read_text("utf-8"))
+            kinds = [type(line) for line in lines]
+            expect(kinds == [str] * PER_STYLE, f"{PER_STYLE} strings, got {len(lines)} entries")
+        prompts += lines
+    return prompts
+
+
+def hps_table(scores):
+    """What a row says about the scores (3200,), rounded as the package hpsv2 prints them.
+
+    A style's deviation is the one of its ten means, each of 80 consecutive prompts (population),
+    not the one of its images.
+    """
+    blocks = scores.reshape(4, 10, 80).mean(2)           # (style, block)
+    average = round(blocks.mean().item(), 2)
+    means, stds, words = {}, {}, []
+    for style, block in zip(HPS_STYLES, blocks):
+        means[style] = round(block.mean().item(), 2)
+        stds[style] = round(block.std(correction=0).item(), 4)
+        words.append(f"{style} {means[style]:.2f} ({stds[style]:.4f})")
+    note = f"HPS v2.1, not comparable with v2.0: {', '.join(words)}, averaged {average:.2f}"
+    return {"hps": average, **means, "hps_version": "v2.1", "hps_std": stds, "note": note}
+
+
+def hps(args, path, device, load_detector):
     """HPS v2's 3,200 prompts, scored by the v2.1 weights from the JPEGs as written.
 
     # choice: in float32; hpsv2 itself computes in float16 on a GPU.
     """
+    prompts = read_hps(path)
+    model, facts = load_clip(args, "hps", CLIP_H, device)
 
-    def __init__(self, args, path, device, load_detector):
-        self.prompts = read_hps(path)
-        self.model, self.facts = load_clip(args, "hps", CLIP_H, device)
-        self.device = device
-
-    def lay(self, folder):
+    def lay(folder):
         for style in HPS_STYLES:
             save_images(f"{folder}/{style}", (), "jpg")
 
-    def score(self, folder, part, pictures):
+    def score(folder, part, pictures):
         pixels = []
         for i, img in enumerate(pictures, part.start):
-            place = f"{HPS_STYLES[i // PER_STYLE]}/{i % PER_STYLE:05d}.jpg"
-            pixels.append(as_jpeg(img, f"{folder}/{place}"))
-        pixels = preprocess_longest(torch.stack(pixels).to(self.device) / 255, self.model.size)
-        ids = self.model.tokenize(self.prompts[part])
-        return 100 * self.model(pixels, ids.to(self.device))
+            path = f"{folder}/{HPS_STYLES[i // PER_STYLE]}/{i % PER_STYLE:05d}.jpg"
+            img.save(path, quality=75)                   # PIL's default: published scores had it
+            pixels.append(pil_to_tensor(Image.open(path)))
+        pixels = preprocess_longest(torch.stack(pixels).to(device) / 255, model.size)
+        return 100 * model(pixels, model.tokenize(prompts[part]).to(device))
 
-    def row(self, scores):
-        row = self.facts | hps_table(scores)
-        if "note" in self.facts:
-            row["note"] += f"; {self.facts['note']}"
+    def row(scores):
+        row = facts | hps_table(scores)
+        if "note" in facts:
+            row["note"] += f"; {RANDOM}"
         return row
 
+    return Benchmark(prompts, lay, score, row)
 
-class ClipScore:
+
+# --------------------------------------------------------------------------------- CLIP score
+# It is drawn for two lists of 30,000 prompts, and so is a FID.
+#
+# COCO-30k: a fixed list of 30,000 captions (DMD2's captions_coco14_test.txt), one image each. FID
+# compares with *all* 40,504 images of val2014, and both sides go through `coco_crop` to 256 px,
+# then `clean_resize` to Inception's 299 (networks/inception.py). MJHQ-30k: its 30,000 prompts
+# against its 30,000 images, by `clean_resize` alone; the paper mentions no crop. `evaluate.py
+# --benchmark clip --save_images` writes the generated side of either.
+def clip_score_tokens(captions):
+    """Token ids (n, 77) of "A photo depicts" and the caption (as in DMD2's coco_evaluator.py).
+
+    The caption alone is cut to 77 ids. Then the three words are pushed in behind its start, and
+    what now stands last becomes an end. (Unless that is a "!" amid punctuation: its id, 0, passes
+    for padding. Published scores were computed with this flaw, so it stays.)
+    """
+    ids = byte_pairs()(captions, 77)                     # start, byte pairs, end, then zeros
+    words = torch.tensor([320, 1125, 29340]).expand(len(ids), 3)
+    ids = torch.cat([ids[:, :1], words, ids[:, 1:74]], 1)
+    ids[ids[:, 76] > 0, 76] = 49407
+    return ids
+
+
+def clip_score(args, path, device, load_detector):
     """The mean cosine, not times 100, of ViT-g-14's features of an image and of its caption."""
+    captions = read_prompts(path, "--metadata", numbered=True)
+    model, facts = load_clip(args, "clip_g", CLIP_G, device)
 
-    def __init__(self, args, path, device, load_detector):
-        self.prompts = read_prompts(path, "--metadata", numbered=True)
-        self.model, self.facts = load_clip(args, "clip_g", CLIP_G, device)
-        self.device = device
-        self.save_images = args.save_images              # "cropped", "whole" or None
-
-    def lay(self, folder):
-        if self.save_images:
+    def lay(folder):
+        if args.save_images:
             save_images(folder, (), "png")
 
-    def score(self, folder, part, pictures):
+    def score(folder, part, pictures):
         crops = [Image.fromarray(coco_crop(img)) for img in pictures]
-        if self.save_images:
-            images = crops if self.save_images == "cropped" else pictures
+        if args.save_images:
+            images = crops if args.save_images == "cropped" else pictures
             for i, img in enumerate(images, part.start):
                 img.save(f"{folder}/{i:05d}.png")
-        pixels = torch.stack([preprocess_pil(img, self.model.size) for img in crops])
-        ids = clip_score_tokens(self.prompts[part])
-        return self.model(pixels.to(self.device), ids.to(self.device))
+        pixels = torch.stack([preprocess_pil(img, model.size) for img in crops])
+        return model(pixels.to(device), clip_score_tokens(captions[part]).to(device))
 
-    def row(self, scores):
-        return {"clip_score": scores.mean().item(), **self.facts}
+    def row(scores):
+        return {"clip_score": scores.mean().item(), **facts}
+
+    return Benchmark(captions, lay, score, row)
 
 
-BENCHMARKS = {                                           # name: (class, what its --metadata is)
-    "geneval": (GenEval, "GenEval's evaluation_metadata.jsonl"),
-    "hps": (HPS, "HPDv2's folder `benchmark`"),
-    "clip": (ClipScore, "a caption a line"),
+# ------------------------------------------------------------------------------- running them
+BENCHMARKS = {                                           # name: (its function, its --metadata)
+    "geneval": (geneval, "GenEval's evaluation_metadata.jsonl"),
+    "hps": (hps, "HPDv2's folder `benchmark`"),
+    "clip": (clip_score, "a caption a line"),
 }
 READ_BY = {                                              # flag: the only benchmark that reads it
     "detector": "geneval",
@@ -192,25 +253,25 @@ READ_BY = {                                              # flag: the only benchm
 }
 
 
-# ---------------------------------------------------------------------------------- running them
 def expect_text(spec, benchmark):
     if spec.text is None:
-        texts = ", ".join(name for name, other in SPECS.items() if other.text)
         raise UserError(
-            f"--benchmark {benchmark} draws prompts, and {spec.name} draws classes: "
-            f"take --teacher {texts}, or a student of one of them"
+            f"--benchmark {benchmark} draws prompts, and {spec.name} draws classes: take a teacher "
+            "with a text encoder, such as --teacher maskgen or meissonic-tiny, or a student of one"
         )
 
 
 def expect_flags(args, names):
     """UserError for flags that do not belong to the benchmarks called `names`."""
+    paths = args.metadata or []
     if args.benchmark and args.metrics:
-        one = args.benchmark
-        raise UserError(f"--benchmark {one} is short for --metrics {one}: give one of the two")
+        raise UserError(
+            f"--benchmark {args.benchmark} is short for --metrics {args.benchmark}: "
+            "give one of the two"
+        )
+    if paths and not names:
+        raise UserError(f"--metadata {paths[0]} belongs to --benchmark {' or '.join(BENCHMARKS)}")
     running = [*names, "geneval"] if args.geneval_folder else names
-    if args.metadata and not running:
-        users = " or ".join(BENCHMARKS)
-        raise UserError(f"--metadata {args.metadata[0]} belongs to --benchmark {users}")
     for flag, reader in READ_BY.items():
         value = getattr(args, flag)
         if value and reader not in running:
@@ -220,23 +281,17 @@ def expect_flags(args, names):
             f"--geneval_folder {args.geneval_folder} is scored here: "
             "add --detector mask2former, or shapes"
         )
-    if args.save_images and {"geneval", "hps"} & set(names):
-        raise UserError(
-            "--save_images: geneval and hps write their images anyway; "
-            "it belongs to clip and to FID"
-        )
-    if names and not args.metadata:
+    if names and not paths:
         raise UserError(f"--benchmark {names[0]} needs --metadata PATH: {BENCHMARKS[names[0]][1]}")
-    count = len(args.metadata or [])
-    if count != len(names):
+    if len(paths) != len(names):
         raise UserError(
             f"--metadata: expected a path for each of {', '.join(names)}, in this order, "
-            f"got {count}"
+            f"got {len(paths)}"
         )
 
 
 def load_benchmarks(args, device, load_detector):
-    """{name: benchmark} of --benchmark, or of those in --metrics, each with its own --metadata.
+    """{name: Benchmark} of --benchmark, or of those in --metrics, each with its own --metadata.
 
     load_detector(args, device) -> Detector, for --detector. Everything that the benchmarks read is
     read and checked here.
@@ -244,32 +299,30 @@ def load_benchmarks(args, device, load_detector):
     named = [args.benchmark] if args.benchmark else args.metrics or []
     names = [name for name in named if name in BENCHMARKS]
     expect_flags(args, names)
-    teacher = args.teacher or (None if args.ckpt else "maskbit-tiny")
-    if names and teacher in SPECS:
-        expect_text(SPECS[teacher], names[0])            # before anything large is read
+    if names and args.teacher in SPECS:
+        expect_text(SPECS[args.teacher], names[0])       # before anything large is read
     return {
         name: BENCHMARKS[name][0](args, path, device, load_detector)
         for name, path in zip(names, args.metadata or [])
     }
 
 
-def run_benchmark(bench, teacher, make_images, folder, batch=250, seed=0, desc=None):
+def run_benchmark(bench, teacher, make_images, folder, **how):
     """Draw an image per prompt, write them below `folder`, score them: a row of results.
 
-    Batches are seeded, and go to processes in turn, as in `image_metrics`.
+    how: batch=, seed= and desc=, as `metrics.engine.scored` takes them.
     """
     if is_main():
-        bench.lay(folder)
-    barrier()                                            # the others write into these folders
+        bench.lay(folder)                                # `scored` waits for it before it draws
 
     def score(part, img):
         scores = bench.score(folder, part, [picture(pixels) for pixels in img])
         return torch.as_tensor(scores)[:, None]          # (b, 1)
 
     asked = teacher.conditions(bench.prompts)
-    scores, facts = scored(make_images, asked, score, 1, batch=batch, seed=seed, desc=desc)
+    scores, facts = scored(make_images, asked, score, 1, **how)
     row = {"n": len(asked), **bench.row(scores[:, 0].cpu()), **facts}
-    if os.path.isdir(folder):
+    if Path(folder).is_dir():
         row["folder"] = folder
     return row
 
@@ -286,5 +339,7 @@ def geneval_folder(args, device, load_detector):
         raise UserError(
             f"--geneval_folder {folder}: no images; expected <index>/samples/<n>.png in it"
         )
-    row = {"model": folder, "kind": "folder", "n": len(verdicts)}
-    return row | geneval_table(verdicts) | detector.facts
+    return {
+        "model": folder, "kind": "folder", "n": len(verdicts),
+        **geneval_table(verdicts), **detector.facts,
+    }

@@ -19,29 +19,25 @@ evaluate.py runs it: --metrics geneval.
 import functools
 import itertools
 import json
-import os
-import re
-from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from machinery.errors import UserError
+from machinery.errors import explain
 from machinery.pictures import save_images
 from networks.clip import preprocess_pil
 
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COLORS = (
-    "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"
-)
+TASKS = "single_object two_object counting colors position color_attr".split()
+COLORS = "red orange yellow green blue purple pink brown black white".split()
 RELATIONS = ("left of", "right of", "above", "below")
 
 
 class Detector(NamedTuple):
-    """What looks at a picture. A box is (x1, y1, x2, y2) in pixels, and may carry a `mask`."""
+    """What looks at a picture. A box is (x1, y1, x2, y2), a tuple, in pixels."""
 
     find: Callable               # find(picture) -> {class: [(box, score), ...]}, in any order
     color_of: Callable           # color_of(picture, box, class) -> one of COLORS
@@ -72,7 +68,7 @@ def relations(box_a, box_b):
     about one center have no relation. A is left of B where r_x < -|o| / 2, and so on; |o| is the
     length before shrinking.
     """
-    corners = np.array([box_a, box_b], dtype=np.float32).reshape(2, 2, 2)    # (box, corner, xy)
+    corners = np.float32([box_a, box_b]).reshape(2, 2, 2)                    # (box, corner, xy)
     size = np.ptp(corners, axis=1).sum(0)                # corners may come in any order
     a, b = corners.mean(1)
     o = a - b
@@ -83,58 +79,52 @@ def relations(box_a, box_b):
     return set(itertools.compress(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5)))
 
 
-def complaints(metadata, detections, color):
-    """Yields what is wrong with a picture, clause by clause.
+def verdict(metadata, detections, color):
+    """(right?, why not) of one picture: what the detector found, against what was asked for.
 
-    What comes after the first complaint may only follow from it. Of each clause only the surest
-    boxes are looked at, as many as were asked for: with a surer red bench beside it, a blue bench
-    does not count as "a blue bench".
+    detections: {class: [(box, score), ...]}. color(box, class) -> name is called where a clause has
+    a color. The reason is the first that was found, or "".
+
+    Of each clause only the surest boxes are looked at, as many as were asked for: with a surer red
+    bench beside it, a blue bench does not count as "a blue bench".
     """
     tag, matched = metadata["tag"], []
     for clause in metadata["include"]:                   # all of them must hold
         name, count = clause["class"], clause["count"]
         boxes = kept(detections.get(name, []), tag)[:count]
         if len(boxes) < count:
-            yield f"expected {count} {name}, found {len(boxes)}"
+            return False, f"expected {count} {name}, found {len(boxes)}"
         if "color" in clause:
             seen = [color(box, name) for box in boxes]
             if set(seen) != {clause["color"]}:
-                yield f"expected {count} {clause['color']} {name}, found {' and '.join(seen)}"
+                why = f"expected {count} {clause['color']} {name}, found {' and '.join(seen)}"
+                return False, why
         if "position" in clause:
             relation, target = clause["position"]
             for box, other in itertools.product(boxes, matched[target]):
                 where = relations(box, other)
                 if relation not in where:
                     where = " and ".join(sorted(where)) or "at no side"
-                    yield f"expected {name} {relation} its target, found it {where}"
+                    return False, f"expected {name} {relation} its target, found it {where}"
         matched.append(boxes)
     for clause in metadata.get("exclude", []):           # "two apples" excludes a third one
-        name, limit = clause["class"], clause["count"]
-        n = len(kept(detections.get(name, []), tag))
-        if n >= limit:
-            yield f"expected fewer than {limit} {name}, found {n}"
-
-
-def verdict(metadata, detections, color):
-    """(right?, why not) of one picture: what the detector found, against what was asked for.
-
-    detections: {class: [(box, score), ...]}. color(box, class) -> name is called where a clause has
-    a color. The reason is the first of the complaints, or "".
-    """
-    why = next(complaints(metadata, detections, color), "")
-    return not why, why
+        n = len(kept(detections.get(clause["class"], []), tag))
+        if n >= clause["count"]:
+            return False, f"expected fewer than {clause['count']} {clause['class']}, found {n}"
+    return True, ""
 
 
 def geneval_table(verdicts):
     """{"geneval": mean of the six tasks (not of the images), task: share of right images, ...}.
 
-    verdicts: (task, right?, ...) of each image. A task without images is left out, and then the
+    verdicts: (task, right?) of each image. A task without images is left out, and then the
     mean is None.
     """
-    right = {task: [] for task in TASKS}
-    for task, correct, *_ in verdicts:
-        right[task].append(correct)
-    shares = {task: sum(each) / len(each) for task, each in right.items() if each}
+    verdicts, shares = list(verdicts), {}
+    for task in TASKS:
+        right = [correct for tag, correct in verdicts if tag == task]
+        if right:
+            shares[task] = sum(right) / len(right)
     mean = sum(shares.values()) / len(TASKS) if len(shares) == len(TASKS) else None
     return {"geneval": mean, **shares}
 
@@ -147,7 +137,7 @@ def expect(holds, words):
 
 def parse_metadata(text, where):
     """A line of evaluation_metadata.jsonl as a dict; UserError where the rules cannot follow it."""
-    try:
+    with explain(f"{where} is no prompt of GenEval: {{}}", ValueError, TypeError):
         line = json.loads(text)
         expect({"tag", "prompt", "include"} <= set(line), "tag, prompt and include")
         expect(line["tag"] in TASKS, f"a tag out of {', '.join(TASKS)}, got {line['tag']!r}")
@@ -160,18 +150,13 @@ def parse_metadata(text, where):
                 relation, target = clause["position"]
                 known = relation in RELATIONS and target in range(i)
                 expect(known, "a position [relation, earlier entry]")
-    except (ValueError, TypeError) as err:
-        raise UserError(f"{where} is no prompt of GenEval: {err}")
     return line
 
 
 def read_metadata(path):
     """GenEval's prompts from its evaluation_metadata.jsonl. A line's index names its folder."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.readlines() or [""]
-    except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"cannot read {path} ({err}): expected GenEval's evaluation_metadata.jsonl")
+    with explain(f"cannot read {path} ({{}}): expected GenEval's evaluation_metadata.jsonl"):
+        lines = Path(path).read_text("utf-8").removesuffix("\n").split("\n")
     return [parse_metadata(text, f"{path}, line {i}") for i, text in enumerate(lines, 1)]
 
 
@@ -179,27 +164,18 @@ def write_geneval(folder, lines):
     """<folder>/<00000>/metadata.jsonl, and beside it an empty samples/ for images <00000>.png."""
     for i, metadata in enumerate(lines):
         save_images(f"{folder}/{i:05d}/samples", (), "png")
-        with open(f"{folder}/{i:05d}/metadata.jsonl", "w") as f:
-            json.dump(metadata, f)
+        Path(f"{folder}/{i:05d}/metadata.jsonl").write_text(json.dumps(metadata))
 
 
 def read_geneval(folder):
     """Yields (metadata, [RGB pictures]) of such a folder, prompt by prompt."""
-    path = folder
-    try:
-        for index in sorted(filter(str.isdigit, os.listdir(folder))):
-            path = f"{folder}/{index}/metadata.jsonl"
-            with open(path, encoding="utf-8") as f:
-                metadata = parse_metadata(f.read(), path)
-            images = []
-            for name in sorted(os.listdir(f"{folder}/{index}/samples")):
-                if re.fullmatch(r"\d+\.png", name):
-                    path = f"{folder}/{index}/samples/{name}"
-                    images.append(Image.open(path).convert("RGB"))
-            yield metadata, images
-    except (OSError, UnicodeDecodeError) as err:
-        expected = "expected <index>/metadata.jsonl, <index>/samples/<n>.png"
-        raise UserError(f"cannot read {path} ({err}): {expected}")
+    for place in sorted(Path(folder).glob("[0-9]*")):
+        metadata = read_metadata(f"{place}/metadata.jsonl")[0]
+        images = []
+        for path in sorted(place.glob("samples/[0-9]*.png")):
+            with explain(f"cannot read {path} ({{}}): expected an image of GenEval"):
+                images.append(Image.open(path).convert("RGB"))
+        yield metadata, images
 
 
 # -------------------------------------------------------------------------- the color of a box
@@ -207,24 +183,23 @@ TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 
 
 @functools.cache
-def color_vectors(model, name, device="cpu"):
+def color_vectors(model, name, device):
     """(10, embed): for each of COLORS the mean direction of TEMPLATES about a `name`."""
     texts = [words.format(color, name) for color in COLORS for words in TEMPLATES]
     g = model.text_features(model.tokenize(texts).to(device))    # (30, embed), each of length 1
-    return F.normalize(g.unflatten(0, (-1, len(TEMPLATES))).mean(1), dim=-1)
+    return F.normalize(g.view(10, 3, -1).mean(1))
 
 
-def color_classifier(model, device="cpu"):
+def color_classifier(model, device):
     """color_of(picture, box, class) -> the one of COLORS whose text a CLIP finds nearest.
 
-    The picture is painted gray outside the object's mask, then cut to its box.
+    The picture is painted gray outside box.mask, (H, W), and then cut to the box.
     """
     def color_of(picture, box, name):
-        mask = getattr(box, "mask", None)
-        if mask is not None:
-            gray = Image.new("RGB", picture.size, "#999")
-            picture = Image.composite(picture, gray, Image.fromarray(mask.cpu().numpy()))
-        pixels = preprocess_pil(picture.crop(box), model.size)[None].to(device)
+        gray = Image.new("RGB", picture.size, "#999")
+        mask = Image.fromarray(box.mask.cpu().numpy())
+        crop = Image.composite(picture, gray, mask).crop(box)
+        pixels = preprocess_pil(crop, model.size)[None].to(device)
         cosines = color_vectors(model, name, device) @ model.image_features(pixels)[0]
         return COLORS[cosines.argmax()]
 
