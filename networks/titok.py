@@ -4,12 +4,11 @@ Learned queries collect the image into L tokens; the decoder, told the prompt, s
 over the patches. Both halves are vision transformers in OpenAI's manner, between two LayerNorms.
 """
 
-import math
-
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from networks.autoencoders import TokenCoder, as_rows
+from networks.autoencoders import TokenCoder, as_map, as_rows
 from networks.blocks import Network, PreNormBlock
 from networks.weights import renames
 
@@ -32,14 +31,11 @@ class ViTHalf(Network):
         self.transformer = nn.ModuleList(
             PreNormBlock(width, heads, 4 * width) for _ in range(depth))
 
-    def with_class(self, h):
-        """Patches (B, places, width) -> (B, 1 + places, width), a class token first; positions."""
-        first = self.class_embedding.expand(len(h), 1, -1)
-        return torch.cat([first, h], 1) + self.positional_embedding
-
-    def through(self, *parts):
-        h = self.ln_pre(torch.cat(parts, 1))
-        h, _ = self.walk(self.transformer, h)
+    def through(self, patches, *others):
+        """Patches (B, places, width), a class token before them, other sequences behind."""
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        h = torch.cat([first, patches], 1) + self.positional_embedding
+        h, _ = self.walk(self.transformer, self.ln_pre(torch.cat([h, *others], 1)))
         return h
 
 
@@ -50,9 +46,9 @@ class TiTokEncoder(ViTHalf):
         self.conv_out = nn.Linear(width, embed)
 
     def forward(self, img, latent_tokens):
-        h = self.with_class(as_rows(self.patch_embed(img)))
         queries = latent_tokens + self.latent_token_positional_embedding
-        h = self.through(h, queries.expand(len(img), -1, -1))         # (B, 1 + places + L, width)
+        patches = as_rows(self.patch_embed(img))
+        h = self.through(patches, queries.expand(len(img), -1, -1))   # (B, 1 + places + L, width)
         return self.conv_out(self.ln_post(h[:, -len(queries) :]))     # (B, L, embed)
 
 
@@ -69,15 +65,14 @@ class TiTokDecoder(ViTHalf):
 
     def forward(self, e, guide):
         """e (B, L, embed), guide (B, text, text_width) -> images (B, 3, H, W), about in [0, 1]."""
-        blank = self.with_class(self.mask_token.expand(len(e), self.places, -1))
+        blank = self.mask_token.expand(len(e), self.places, -1)
         tokens = self.decoder_embed(e) + self.latent_token_positional_embedding
         text = self.text_guidance_proj(guide) + self.text_guidance_positional_embedding
         h = self.through(blank, tokens, text)[:, 1 : 1 + self.places]
         h = self.to_patch(self.ln_post(h))                            # (B, places, patch patch 3)
-        side = math.isqrt(self.places)
-        h = h.unflatten(2, (self.patch, self.patch, 3))
-        h = h.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
-        return self.conv_out(h.flatten(4).flatten(2, 3))              # (B, 3, H, W)
+        h = h.unflatten(2, (-1, 3)).mT.flatten(2)                     # (B, places, 3 patch patch)
+        h = as_map(h).contiguous()
+        return self.conv_out(F.pixel_shuffle(h, self.patch))          # (B, 3, H, W)
 
 
 class TATiTok(TokenCoder):
