@@ -45,8 +45,7 @@ def fingerprint(arrays):
 # tensors and plain containers. Published files mention more than that (the VQGAN's, its trainer's
 # callbacks): what the reader does not know is replaced by a class that does nothing, unless its
 # module gives away a payload.
-DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil",
-             "socket", "runpy")
+DANGEROUS = "builtins os posix posixpath nt ntpath sys subprocess shutil socket runpy".split()
 
 
 class Inert:

@@ -27,6 +27,11 @@ def group_norm(groups, channels):
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+def table(*shape):
+    """A learned table, at first small noise."""
+    return nn.Parameter(0.02 * torch.randn(*shape))
+
+
 def as_rows(h):
     """(B, d, h, w) -> (B, L, d), row-major."""
     return h.flatten(2).transpose(1, 2)
@@ -34,8 +39,7 @@ def as_rows(h):
 
 def as_map(e, grid=None):
     """(B, L, d), row-major -> (B, d, h, w); square where the grid is not given."""
-    side = math.isqrt(e.shape[1])
-    return e.transpose(1, 2).unflatten(2, grid or (side, side))
+    return e.transpose(1, 2).unflatten(2, grid or (math.isqrt(e.shape[1]), -1))
 
 
 class ResBlock(nn.Module):
@@ -72,8 +76,7 @@ class PixelAttention(nn.Module):
         self.attn = Attention(width, heads=1)
 
     def forward(self, x):
-        attended = self.attn(as_rows(self.norm_in(x)))
-        return x + as_map(attended, x.shape[2:])
+        return x + as_map(self.attn(as_rows(self.norm_in(x))), x.shape[2:])
 
 
 class Level(Network):
@@ -82,9 +85,8 @@ class Level(Network):
     def __init__(self, c_in, c_out, blocks, norm_groups, step=None, attention=0, bit=False):
         super().__init__()
         self.step = step
-        self.res_blocks = nn.ModuleList()
-        for i in range(blocks):
-            self.res_blocks.append(ResBlock(c_out if i else c_in, c_out, norm_groups, bit))
+        self.res_blocks = nn.ModuleList(
+            ResBlock(c_out if i else c_in, c_out, norm_groups, bit) for i in range(blocks))
         self.attn = nn.ModuleList(PixelAttention(c_out, norm_groups) for _ in range(attention))
         if step == "down":
             self.down_conv = nn.Conv2d(c_out, c_out, 3, stride=2)
@@ -109,9 +111,10 @@ def levels(order, step, widths, attention, blocks, norm_groups, bit):
     stack = nn.Sequential()
     c_in = widths[order[0]]
     for i in order:
-        own_step = None if i == order[-1] else step
-        attentions = blocks if i in attention else 0
-        stack.append(Level(c_in, widths[i], blocks, norm_groups, own_step, attentions, bit))
+        stack.append(Level(
+            c_in, widths[i], blocks, norm_groups, bit=bit,
+            step=None if i == order[-1] else step,
+            attention=blocks if i in attention else 0))
         c_in = widths[i]
     return stack
 
@@ -136,10 +139,7 @@ class Encoder(nn.Sequential):
         self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
         self.norm_out = group_norm(norm_groups, widths[-1])
         self.silu = nn.SiLU()
-        if bit:
-            self.conv_out = nn.Conv2d(widths[-1], latent, 1)
-        else:
-            self.conv_out = conv3(widths[-1], latent)
+        self.conv_out = nn.Conv2d(widths[-1], latent, 1) if bit else conv3(widths[-1], latent)
 
 
 class Decoder(nn.Sequential):
@@ -186,7 +186,7 @@ class TokenCoder(Network):
         with torch.autocast(z.device.type, enabled=False):
             E = self.codebook.weight.float()
             distance = E.square().sum(1) - 2 * z.float() @ E.T    # less |z|^2, the same for all
-            return distance.argmin(-1)
+        return distance.argmin(-1)
 
 
 class VQTokenizer(TokenCoder):
@@ -271,14 +271,12 @@ class BitTokenizer(TokenCoder):
         """Images (B, C, H, W) in [0, 1] -> tokens (B, L, G); group 0 holds the low bits."""
         z = as_rows(self.encoder(img))                                        # (B, L, bits)
         bit = (z > 0).unflatten(-1, (self.G, -1)).long()                      # zero gives -1
-        place = torch.arange(bit.shape[-1], device=z.device)
-        return (bit << place).sum(-1)
+        return (bit << torch.arange(bit.shape[-1], device=z.device)).sum(-1)
 
     def tables(self):
         """E (G, V+1, bits), no bias: an entry's bits in its group's channels, zeros elsewhere."""
         own = next(self.parameters())
-        entries = torch.arange(self.V, device=own.device)
-        bits = bits_of(entries, self.bits // self.G).to(own)
+        bits = bits_of(torch.arange(self.V, device=own.device), self.bits // self.G).to(own)
         E = torch.block_diag(bits, bits).unflatten(0, (self.G, self.V))       # (G, V, bits)
         return F.pad(E, (0, 0, 0, 1)), E.new_zeros(())
 

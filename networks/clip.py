@@ -58,24 +58,16 @@ def preprocess_pil(img, size=224):
 
 
 # --------------------------------------------------------------------------------------- the towers
-TEXT_H = dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24)
-CLIP_H = dict(
-    embed_dim=1024, text_cfg=TEXT_H,
-    vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14))
-# Two that measure and never teach (evaluate.py): CLIP score's, and GenEval's judge of colors.
-CLIP_G = dict(
-    embed_dim=1024, text_cfg=TEXT_H,
-    vision_cfg=dict(image_size=224, layers=40, width=1408, head_width=88, mlp_ratio=4.3637,
-                    patch_size=14))
-CLIP_L = dict(
-    embed_dim=768, quick_gelu=True,
-    vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-    text_cfg=dict(TEXT_H, width=768, heads=12, layers=12))
+# Sizes, as open_clip calls them.
+CLIP_H = "ViT-H-14"                             # of the rewards
+CLIP_G = "ViT-g-14"                             # these two measure and never teach: CLIP score's,
+CLIP_L = "ViT-L-14-quickgelu"                   # and GenEval's judge of colors
 
 
 class ClipReward(nn.Module):
     """The cosine of two towers' features: open_clip's own CLIP, of any size and weights.
 
+    config: arguments of open_clip's class, or its name for them.
     kind: "clip" and "pickscore" multiply by the learned scale s, "hps" does not.
     """
 
@@ -83,7 +75,10 @@ class ClipReward(nn.Module):
         super().__init__()
         with explain(f"the reward {kind} is a CLIP by open_clip: pip install open_clip_torch",
                      ImportError):
+            from open_clip import get_model_config
             from open_clip.model import CLIP
+        if isinstance(config, str):
+            config = get_model_config(config)
         self.clip = CLIP(**config)
         self.size = config["vision_cfg"]["image_size"]
         self.scaled = kind != "hps"

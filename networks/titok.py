@@ -8,14 +8,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from networks.autoencoders import TokenCoder, as_map, as_rows
+from networks.autoencoders import TokenCoder, as_map, as_rows, table
 from networks.blocks import Network, PreNormBlock
 from networks.weights import renames
-
-
-def table(*shape):
-    """A learned table, at first small noise."""
-    return nn.Parameter(0.02 * torch.randn(*shape))
 
 
 class ViTHalf(Network):

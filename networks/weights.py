@@ -18,10 +18,9 @@ from machinery.files import local, read_tensors
 
 # ----------------------------------------------------------------------------- finding and fetching
 HUB_FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}
-HUB_STEMS = ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
-             "open_clip_pytorch_model")
-HUB_KINDS = ("safetensors", "fp16.safetensors", "bin")
-HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS for kind in HUB_KINDS]
+HUB_STEMS = "diffusion_pytorch_model model open_clip_model pytorch_model open_clip_pytorch_model"
+HUB_KINDS = "safetensors fp16.safetensors bin"
+HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS.split() for kind in HUB_KINDS.split()]
 
 
 def read_weights(path, role="net"):
