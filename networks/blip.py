@@ -206,11 +206,12 @@ class WordPiece:
         found = []
         inside = ""                                               # "##" after the first piece
         while word:
-            starts = (word[:end] for end in range(len(word), 0, -1))
-            piece = next((start for start in starts if inside + start in self.ids), None)
-            if piece is None:
-                return ["[UNK]"]
-            found.append(inside + piece)
-            word = word.removeprefix(piece)
+            end = len(word)
+            while inside + word[:end] not in self.ids:
+                end -= 1
+                if end == 0:
+                    return ["[UNK]"]
+            found.append(inside + word[:end])
+            word = word[end:]
             inside = "##"
         return found

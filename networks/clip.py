@@ -47,8 +47,8 @@ def preprocess_longest(img, size=224):
     H, W = img.shape[2:]
     h, w = round(H * size / max(H, W)), round(W * size / max(H, W))
     top, left = (size - h) // 2, (size - w) // 2
-    margins = left, size - w - left, top, size - h - top
-    return normalize(F.pad(resize(img, (h, w)), margins))
+    page = F.pad(resize(img, (h, w)), (left, size - w - left, top, size - h - top))
+    return normalize(page)
 
 
 def preprocess_pil(img, size=224):

@@ -35,8 +35,8 @@ class ViTHalf(Network):
 
 
 class TiTokEncoder(ViTHalf):
-    def __init__(self, patch, width, depth, heads, places, L, embed):
-        super().__init__(width, depth, heads, places, L)
+    def __init__(self, patch, embed, width, *vit):
+        super().__init__(width, *vit)
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.conv_out = nn.Linear(width, embed)
 
@@ -48,9 +48,9 @@ class TiTokEncoder(ViTHalf):
 
 
 class TiTokDecoder(ViTHalf):
-    def __init__(self, patch, width, depth, heads, places, L, embed, text, text_width):
-        super().__init__(width, depth, heads, places, L)
-        self.places, self.patch = places, patch
+    def __init__(self, patch, embed, text, text_width, width, *vit):
+        super().__init__(width, *vit)
+        self.patch = patch
         self.mask_token = table(1, 1, width)
         self.text_guidance_positional_embedding = table(text, width)
         self.text_guidance_proj = nn.Linear(text_width, width)
@@ -60,10 +60,11 @@ class TiTokDecoder(ViTHalf):
 
     def forward(self, e, guide):
         """e (B, L, embed), guide (B, text, text_width) -> images (B, 3, H, W), about in [0, 1]."""
-        blank = self.mask_token.expand(len(e), self.places, -1)
+        places = len(self.positional_embedding) - 1
+        blank = self.mask_token.expand(len(e), places, -1)
         tokens = self.decoder_embed(e) + self.latent_token_positional_embedding
         text = self.text_guidance_proj(guide) + self.text_guidance_positional_embedding
-        h = self.through(blank, tokens, text)[:, 1 : 1 + self.places]
+        h = self.through(blank, tokens, text)[:, 1 : 1 + places]
         h = self.to_patch(self.ln_post(h))                            # (B, places, patch patch 3)
         h = h.unflatten(2, (-1, 3)).mT.flatten(2)                     # (B, places, 3 patch patch)
         h = as_map(h).contiguous()
@@ -89,9 +90,9 @@ class TATiTok(TokenCoder):
         self.V = V
         places = (size // patch) ** 2
         self.latent_tokens = table(L, enc[0])
-        self.encoder = TiTokEncoder(patch, *enc, places, L, embed)
+        self.encoder = TiTokEncoder(patch, embed, *enc, places, L)
         self.codebook = nn.Embedding(V, embed)
-        self.decoder = TiTokDecoder(patch, *dec, places, L, embed, text, text_width)
+        self.decoder = TiTokDecoder(patch, embed, text, text_width, *dec, places, L)
 
     def latents(self, img):
         return self.encoder(img, self.latent_tokens)                  # (B, L, embed)
