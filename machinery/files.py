@@ -7,8 +7,9 @@ import zipfile
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 
-from machinery.errors import UserError, first_line
+from machinery.errors import UserError, explain
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))            # of this repository
 
@@ -44,8 +45,7 @@ def fingerprint(arrays):
 # tensors and plain containers. Published files mention more than that (the VQGAN's, its trainer's
 # callbacks): what the reader does not know is replaced by a class that does nothing, unless its
 # module gives away a payload.
-DANGEROUS = ("builtins", "os", "posix", "posixpath", "nt", "ntpath", "sys", "subprocess", "shutil",
-             "socket", "runpy")
+DANGEROUS = "builtins os posix posixpath nt ntpath sys subprocess shutil socket runpy".split()
 
 
 class Inert:
@@ -62,26 +62,18 @@ def read_tensors(path):
     """What is in a .safetensors or torch file, memory-mapped, on the CPU; none of it is run."""
     if not os.path.isfile(path):
         raise UserError(f"no weights at {path}: expected a .safetensors or torch file")
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        return read_pickle(path)
-    except Exception as err:            # truncated, no checkpoint, or a pickle of more than tensors
-        why = f"{type(err).__name__}: {first_line(err)}"
-        raise UserError(f"cannot read {path} as weights ({why}); it may be cut short: "
-                        "fetch or write it again")
+    # Exception: truncated, no checkpoint, or a pickle of more than tensors
+    with explain(f"cannot read {path} as weights ({{}}); it may be cut short: fetch or write it "
+                 "again", Exception):
+        return load_file(path) if path.endswith(".safetensors") else read_pickle(path)
 
 
 def read_pickle(path):
     """A torch file by the weights-only reader; classes it does not know are replaced by Inert."""
     mapped = zipfile.is_zipfile(path)         # before torch 1.6: cannot be mapped nor looked into
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
-    stand_ins = []
     for name in unknown:
-        module, *_, last = name.split(".")
-        if module in DANGEROUS:
+        if name.split(".")[0] in DANGEROUS:
             raise ValueError(f"it asks to run {name}: not a file of weights")
-        stand_ins.append((type(last, (Inert,), {}), name))
-    with torch.serialization.safe_globals(stand_ins):
+    with torch.serialization.safe_globals([(Inert, name) for name in unknown]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -23,8 +23,9 @@ def conv3(c_in, c_out, bias=True):
     return nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
 
 
-def group_norm(groups, channels):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def table(*shape):
+    """A learned table, at first small noise."""
+    return nn.Parameter(0.02 * torch.randn(*shape))
 
 
 def as_rows(h):
@@ -34,8 +35,7 @@ def as_rows(h):
 
 def as_map(e, grid=None):
     """(B, L, d), row-major -> (B, d, h, w); square where the grid is not given."""
-    side = math.isqrt(e.shape[1])
-    return e.transpose(1, 2).unflatten(2, grid or (side, side))
+    return e.transpose(1, 2).unflatten(2, grid or (math.isqrt(e.shape[1]), -1))
 
 
 class ResBlock(nn.Module):
@@ -48,8 +48,8 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, norm_groups, bit=False):
         super().__init__()
         self.bit = bit
-        self.norm1 = group_norm(norm_groups, c_in)
-        self.norm2 = group_norm(norm_groups, c_out)
+        self.norm1 = nn.GroupNorm(norm_groups, c_in, eps=1e-6)
+        self.norm2 = nn.GroupNorm(norm_groups, c_out, eps=1e-6)
         self.conv1 = conv3(c_in, c_out, bias=not bit)
         self.conv2 = conv3(c_out, c_out, bias=not bit)
         if c_in != c_out:
@@ -68,12 +68,11 @@ class PixelAttention(nn.Module):
 
     def __init__(self, width, norm_groups):
         super().__init__()
-        self.norm_in = group_norm(norm_groups, width)
+        self.norm_in = nn.GroupNorm(norm_groups, width, eps=1e-6)
         self.attn = Attention(width, heads=1)
 
     def forward(self, x):
-        attended = self.attn(as_rows(self.norm_in(x)))
-        return x + as_map(attended, x.shape[2:])
+        return x + as_map(self.attn(as_rows(self.norm_in(x))), x.shape[2:])
 
 
 class Level(Network):
@@ -82,9 +81,8 @@ class Level(Network):
     def __init__(self, c_in, c_out, blocks, norm_groups, step=None, attention=0, bit=False):
         super().__init__()
         self.step = step
-        self.res_blocks = nn.ModuleList()
-        for i in range(blocks):
-            self.res_blocks.append(ResBlock(c_out if i else c_in, c_out, norm_groups, bit))
+        self.res_blocks = nn.ModuleList(
+            ResBlock(c_out if i else c_in, c_out, norm_groups, bit) for i in range(blocks))
         self.attn = nn.ModuleList(PixelAttention(c_out, norm_groups) for _ in range(attention))
         if step == "down":
             self.down_conv = nn.Conv2d(c_out, c_out, 3, stride=2)
@@ -109,9 +107,10 @@ def levels(order, step, widths, attention, blocks, norm_groups, bit):
     stack = nn.Sequential()
     c_in = widths[order[0]]
     for i in order:
-        own_step = None if i == order[-1] else step
-        attentions = blocks if i in attention else 0
-        stack.append(Level(c_in, widths[i], blocks, norm_groups, own_step, attentions, bit))
+        stack.append(Level(
+            c_in, widths[i], blocks, norm_groups, bit=bit,
+            step=None if i == order[-1] else step,
+            attention=blocks if i in attention else 0))
         c_in = widths[i]
     return stack
 
@@ -134,12 +133,9 @@ class Encoder(nn.Sequential):
         self.conv_in = conv3(channels, widths[0], bias=not bit)
         self.down = levels(order, "down", widths, attention, blocks, norm_groups, bit)
         self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
-        self.norm_out = group_norm(norm_groups, widths[-1])
+        self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
         self.silu = nn.SiLU()
-        if bit:
-            self.conv_out = nn.Conv2d(widths[-1], latent, 1)
-        else:
-            self.conv_out = conv3(widths[-1], latent)
+        self.conv_out = nn.Conv2d(widths[-1], latent, 1) if bit else conv3(widths[-1], latent)
 
 
 class Decoder(nn.Sequential):
@@ -151,7 +147,7 @@ class Decoder(nn.Sequential):
         self.conv_in = conv3(latent, widths[-1])
         self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
         self.up = levels(order, "up", widths, attention, blocks, norm_groups, bit)
-        self.norm_out = group_norm(norm_groups, widths[0])
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
         self.silu = nn.SiLU()
         self.conv_out = conv3(widths[0], channels)
 
@@ -186,7 +182,7 @@ class TokenCoder(Network):
         with torch.autocast(z.device.type, enabled=False):
             E = self.codebook.weight.float()
             distance = E.square().sum(1) - 2 * z.float() @ E.T    # less |z|^2, the same for all
-            return distance.argmin(-1)
+        return distance.argmin(-1)
 
 
 class VQTokenizer(TokenCoder):
@@ -271,14 +267,12 @@ class BitTokenizer(TokenCoder):
         """Images (B, C, H, W) in [0, 1] -> tokens (B, L, G); group 0 holds the low bits."""
         z = as_rows(self.encoder(img))                                        # (B, L, bits)
         bit = (z > 0).unflatten(-1, (self.G, -1)).long()                      # zero gives -1
-        place = torch.arange(bit.shape[-1], device=z.device)
-        return (bit << place).sum(-1)
+        return (bit << torch.arange(bit.shape[-1], device=z.device)).sum(-1)
 
     def tables(self):
         """E (G, V+1, bits), no bias: an entry's bits in its group's channels, zeros elsewhere."""
         own = next(self.parameters())
-        entries = torch.arange(self.V, device=own.device)
-        bits = bits_of(entries, self.bits // self.G).to(own)
+        bits = bits_of(torch.arange(self.V, device=own.device), self.bits // self.G).to(own)
         E = torch.block_diag(bits, bits).unflatten(0, (self.G, self.V))       # (G, V, bits)
         return F.pad(E, (0, 0, 0, 1)), E.new_zeros(())
 

@@ -4,14 +4,17 @@ A vision transformer sees the image, a BERT reads the prompt while looking at it
 BERT's first position. BERT's tokenizer is here too (`WordPiece`); it needs a vocabulary file.
 """
 
+import re
 import unicodedata
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from machinery.errors import UserError
+from machinery.errors import UserError, explain
+from networks.autoencoders import as_rows, table
 from networks.blocks import PreNormBlock
 from networks.weights import renames
 
@@ -33,16 +36,12 @@ class Reads(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x, y, mask=None):
-        q = self.split(self.q(x))
-        k = self.split(self.k(y))
-        v = self.split(self.v(y))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        q, k, v = (
+            h.unflatten(-1, (self.heads, -1)).transpose(1, 2)                 # (B, heads, S, ...)
+            for h in (self.q(x), self.k(y), self.v(y)))
+        h = F.scaled_dot_product_attention(q, k, v, mask)
         h = h.transpose(1, 2).flatten(2)                                      # (B, S, width)
         return self.norm(x + self.out(h))
-
-    def split(self, h):
-        """(B, S, width) -> (B, heads, S, width / heads)."""
-        return h.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class ReadingBlock(nn.Module):
@@ -52,8 +51,7 @@ class ReadingBlock(nn.Module):
         super().__init__()
         self.attn = Reads(width, heads, width)
         self.cross = Reads(width, heads, source)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
         self.norm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, h, image, mask):
@@ -83,11 +81,9 @@ class ImageReward(nn.Module):
         self.size, self.wordpiece = size, wordpiece
         D, depth, heads = vision
         self.patch = nn.Conv2d(3, D, patch, stride=patch)
-        places = (size // patch) ** 2
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
-        self.pos = nn.Parameter(0.02 * torch.randn(1, places + 1, D))
-        self.blocks = nn.Sequential(
-            *(PreNormBlock(D, heads, 4 * D) for _ in range(depth)))
+        self.cls_token = table(1, 1, D)
+        self.pos = table(1, (size // patch) ** 2 + 1, D)
+        self.blocks = nn.Sequential(*(PreNormBlock(D, heads, 4 * D) for _ in range(depth)))
         self.norm = nn.LayerNorm(D)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
@@ -96,10 +92,8 @@ class ImageReward(nn.Module):
         self.words = nn.Embedding(vocab, d)
         self.places = nn.Embedding(positions, d)
         self.text_norm = nn.LayerNorm(d, eps=1e-12)
-        self.layers = nn.ModuleList(
-            ReadingBlock(d, heads, mlp, D) for _ in range(depth))
-        self.head = nn.Sequential(
-            *(nn.Linear(a, b) for a, b in pairwise((d, *head, 1))))
+        self.layers = nn.ModuleList(ReadingBlock(d, heads, mlp, D) for _ in range(depth))
+        self.head = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise((d, *head, 1))))
 
     def tokenize(self, prompts):
         length = min(self.CONTEXT, len(self.places.weight))
@@ -107,16 +101,14 @@ class ImageReward(nn.Module):
 
     def see(self, pixels):
         """Preprocessed pixels (B, 3, size, size) -> what the text tower looks at, (B, N+1, D)."""
-        h = self.patch(pixels).flatten(2).transpose(1, 2)                     # (B, N, D)
-        first = self.cls_token.expand(len(h), -1, -1)
-        h = torch.cat([first, h], 1) + self.pos
+        h = as_rows(self.patch(pixels))                                       # (B, N, D)
+        h = torch.cat([self.cls_token.expand(len(h), -1, -1), h], 1) + self.pos
         return self.norm(self.blocks(h))
 
     def read(self, ids, image):
         """ids (B, S), 0 where padded, and what see() saw -> states (B, S, d)."""
         mask = (ids != 0)[:, None, None]      # padding is not attended to: (B, 1, 1, S)
-        places = self.places.weight[: ids.shape[1]]
-        h = self.text_norm(self.words(ids) + places)
+        h = self.text_norm(self.words(ids) + self.places.weight[: ids.shape[1]])
         for layer in self.layers:
             h = layer(h, image, mask)
         return h
@@ -125,8 +117,7 @@ class ImageReward(nn.Module):
         """What see() saw and ids (B, S) -> scores (B,) as the head gives them."""
         first = self.read(ids, image)[:, 0]                                   # (B, d)
         with torch.autocast(image.device.type, enabled=False):
-            first = first.to(self.head[0].weight.dtype)
-            return self.head(first)[:, 0]
+            return self.head(first.to(self.head[0].weight.dtype))[:, 0]
 
     def forward(self, pixels, ids):
         """Preprocessed pixels (B, 3, size, size) and ids (B, S) -> rewards (B,), about N(0, 1)."""
@@ -166,8 +157,9 @@ class ImageReward(nn.Module):
 
 
 # --------------------------------------------------------------------------------- BERT's tokenizer
-IDEOGRAPHS = (range(0x3400, 0x4DC0), range(0x4E00, 0xA000), range(0xF900, 0xFB00),
-              range(0x20000, 0x2A6E0), range(0x2A700, 0x2CEB0), range(0x2F800, 0x2FA20))
+# Characters that are words, besides punctuation: ASCII's symbols, and ideographs.
+ALONE = re.compile("[$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                   "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
 class WordPiece:
@@ -178,7 +170,11 @@ class WordPiece:
     """
 
     def __init__(self, path=None):
-        pieces = ascii_pieces() if path is None else read_pieces(path)
+        letters = [chr(i) for i in range(33, 127)]
+        pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)]
+        if path is not None:
+            with explain(f"cannot read {path} as a vocabulary ({{}}): one piece per line"):
+                pieces = Path(path).read_text("utf-8").rstrip("\n").split("\n")
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         if pieces[0] != "[PAD]" or {"[UNK]", "[CLS]", "[SEP]"} - self.ids.keys():
             raise UserError(f"{path} is not BERT's vocabulary: expected [PAD] first, and [UNK], "
@@ -186,12 +182,9 @@ class WordPiece:
 
     def __call__(self, text, length=35):
         """A prompt -> ids, cut or padded with zeros to `length`."""
-        body = []
-        for word in self.split(text):
-            body += self.pieces(word)
-        row = ["[CLS]", *body[: length - 2], "[SEP]"]
-        row += ["[PAD]"] * (length - len(row))
-        return [self.ids[piece] for piece in row]
+        body = [piece for word in self.split(text) for piece in self.pieces(word)]
+        row = [self.ids[piece] for piece in ["[CLS]", *body[: length - 2], "[SEP]"]]
+        return row + [0] * (length - len(row))
 
     def split(self, text):
         """Words. Punctuation marks and ideographs are words; accents and control characters go."""
@@ -200,8 +193,8 @@ class WordPiece:
             kind = unicodedata.category(c)
             if c in "\t\n\r" or kind == "Zs":
                 out += " "
-            elif kind[0] == "P" or c in "$+<=>^`|~" or any(ord(c) in r for r in IDEOGRAPHS):
-                out += f" {c} "                                   # all of ASCII's symbols count
+            elif kind[0] == "P" or ALONE.match(c):
+                out += f" {c} "
             elif kind != "Mn" and kind[0] != "C" and c != "\ufffd":
                 out += c
         return out.split()
@@ -213,25 +206,12 @@ class WordPiece:
         found = []
         inside = ""                                               # "##" after the first piece
         while word:
-            ends = range(len(word), 0, -1)
-            end = next((end for end in ends if inside + word[:end] in self.ids), None)
-            if end is None:
-                return ["[UNK]"]
+            end = len(word)
+            while inside + word[:end] not in self.ids:
+                end -= 1
+                if end == 0:
+                    return ["[UNK]"]
             found.append(inside + word[:end])
             word = word[end:]
             inside = "##"
         return found
-
-
-def ascii_pieces():
-    letters = [chr(i) for i in range(33, 127)]
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + c for c in letters)]
-
-
-def read_pieces(path):
-    try:
-        with open(path, encoding="utf-8") as f:
-            return f.read().rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as err:
-        raise UserError(f"cannot read {path} as a vocabulary ({type(err).__name__}): "
-                        "one piece per line")

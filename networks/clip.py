@@ -2,102 +2,83 @@
 
 Three of the four rewards are open_clip's own CLIP under different weights (CLIP, HPSv2, PickScore),
 and so are the two that only measure. Preprocessing is part of each score, and gradients must pass
-through it: it is written here in differentiable tensor operations.
+through it: it is made of torchvision's differentiable operations.
 """
 
-import math
+import functools
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+import torchvision.transforms.functional as TF
 
-from machinery.errors import UserError
+from machinery.errors import explain
 from networks.text import clip_ids
 from networks.weights import renames
 
 
 # ------------------------------------------------------------------------------------ preprocessing
-def normalize(img):
-    """Pixels in [0, 1] -> what all four rewards were trained on."""
-    mean = img.new_tensor([0.48145466, 0.4578275, 0.40821073])
-    std = img.new_tensor([0.26862954, 0.26130258, 0.27577711])
-    return (img - mean[:, None, None]) / std[:, None, None]
+BICUBIC = TF.InterpolationMode.BICUBIC
+
+# Pixels in [0, 1] -> what all four rewards were trained on.
+normalize = functools.partial(
+    TF.normalize,
+    mean=[0.48145466, 0.4578275, 0.40821073],
+    std=[0.26862954, 0.26130258, 0.27577711],
+)
 
 
-def resize(img, h, w):
-    """Bicubic and antialiased, in float32 at least; not clamped, though it overshoots a bit."""
+def resize(img, size):
+    """Bicubic and antialiased, in float32 at least; not clamped, though it overshoots a bit.
+
+    size: (h, w), or the shorter side; then the longer one is truncated.
+    """
     img = img.to(torch.promote_types(img.dtype, torch.float32))
-    img = img.expand(-1, 3, -1, -1)                                           # gray: (B, 1, H, W)
-    if img.shape[2:] == (h, w):
-        return img
-    return F.interpolate(img, (h, w), mode="bicubic", antialias=True)
-
-
-def shorter_side(H, W, size):
-    """The picture's (h, w) with the shorter side `size`; (top, left) of its central square."""
-    short = min(H, W)
-    h, w = int(size * H / short), int(size * W / short)           # the longer side is truncated
-    top, left = round((h - size) / 2), round((w - size) / 2)      # halves to even
-    return h, w, top, left
+    return TF.resize(img.expand(-1, 3, -1, -1), size, BICUBIC)                # gray: (B, 1, H, W)
 
 
 def preprocess(img, size=224):
     """Images (B, 3 or 1, H, W) in [0, 1] -> (B, 3, size, size): the same for all rewards."""
-    h, w, top, left = shorter_side(*img.shape[2:], size)
-    img = resize(img, h, w)
-    return normalize(img[:, :, top : top + size, left : left + size])
+    return normalize(TF.center_crop(resize(img, size), size))     # halves are rounded to even
 
 
 def preprocess_longest(img, size=224):
     """As HPSv2's own benchmark has it: the longer side is `size`, the rest is padded with black."""
     H, W = img.shape[2:]
-    long = max(H, W)
-    h, w = round(H * size / long), round(W * size / long)
+    h, w = round(H * size / max(H, W)), round(W * size / max(H, W))
     top, left = (size - h) // 2, (size - w) // 2
-    margins = left, size - w - left, top, size - h - top
-    return normalize(F.pad(resize(img, h, w), margins))
+    page = F.pad(resize(img, (h, w)), (left, size - w - left, top, size - h - top))
+    return normalize(page)
 
 
 def preprocess_pil(img, size=224):
     """As open_clip evaluates: a PIL picture -> (3, size, size), rounded to bytes and clamped."""
-    h, w, top, left = shorter_side(img.height, img.width, size)
-    img = img.resize((w, h), Image.Resampling.BICUBIC)
-    img = img.crop((left, top, left + size, top + size)).convert("RGB")
-    pixels = torch.from_numpy(np.array(img)).permute(2, 0, 1)
-    return normalize(pixels.float() / 255)
+    img = TF.center_crop(TF.resize(img, size, BICUBIC), size).convert("RGB")
+    return normalize(TF.pil_to_tensor(img) / 255)
 
 
 # --------------------------------------------------------------------------------------- the towers
-TEXT_H = dict(context_length=77, vocab_size=49408, width=1024, heads=16, layers=24)
-CLIP_H = dict(
-    embed_dim=1024, text_cfg=TEXT_H,
-    vision_cfg=dict(image_size=224, layers=32, width=1280, head_width=80, patch_size=14))
-# Two that measure and never teach (evaluate.py): CLIP score's, and GenEval's judge of colors.
-CLIP_G = dict(
-    embed_dim=1024, text_cfg=TEXT_H,
-    vision_cfg=dict(image_size=224, layers=40, width=1408, head_width=88, mlp_ratio=4.3637,
-                    patch_size=14))
-CLIP_L = dict(
-    embed_dim=768, quick_gelu=True,
-    vision_cfg=dict(image_size=224, layers=24, width=1024, patch_size=14),
-    text_cfg=dict(TEXT_H, width=768, heads=12, layers=12))
+# Sizes, as open_clip calls them.
+CLIP_H = "ViT-H-14"                             # of the rewards
+CLIP_G = "ViT-g-14"                             # these two measure and never teach: CLIP score's,
+CLIP_L = "ViT-L-14-quickgelu"                   # and GenEval's judge of colors
 
 
 class ClipReward(nn.Module):
     """The cosine of two towers' features: open_clip's own CLIP, of any size and weights.
 
+    config: arguments of open_clip's class, or its name for them.
     kind: "clip" and "pickscore" multiply by the learned scale s, "hps" does not.
     """
 
     def __init__(self, config=CLIP_H, kind="clip"):
         super().__init__()
-        try:
+        with explain(f"the reward {kind} is a CLIP by open_clip: pip install open_clip_torch",
+                     ImportError):
+            from open_clip import get_model_config
             from open_clip.model import CLIP
-        except ImportError:
-            raise UserError(f"the reward {kind} is a CLIP by open_clip: "
-                            "pip install open_clip_torch")
+        if isinstance(config, str):
+            config = get_model_config(config)
         self.clip = CLIP(**config)
         self.size = config["vision_cfg"]["image_size"]
         self.scaled = kind != "hps"
@@ -110,9 +91,9 @@ class ClipReward(nn.Module):
         return self.normalized(self.clip.encode_image(pixels))                # (B, embed)
 
     def text_features(self, ids):
-        S = ids.shape[1]
-        causal = torch.full((S, S), -math.inf, device=ids.device).triu(1)
-        self.clip.attn_mask = causal              # in no file: a model built on "meta" has none
+        # In no file: a model built on "meta" has none.
+        self.clip.attn_mask = nn.Transformer.generate_square_subsequent_mask(
+            ids.shape[1], ids.device)
         return self.normalized(self.clip.encode_text(ids))                    # (B, embed)
 
     def normalized(self, features):

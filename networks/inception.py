@@ -3,20 +3,23 @@
 FID is a distance of this network's features, so everything before them is part of the number: which
 of three resizes brought an image to 299 px, how pixels became [-1, 1], whether COCO's crop came
 first. The resize is inside the network here, and both published files of its weights load: features
-agree with either's own to rounding. The layers are torchvision's, the pooling is not (`with_pool`).
+agree with either's own to rounding. The layers are torchvision's, the pooling is not (`repool`).
 """
 
 import warnings
 import zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
+from torchvision.models import Inception3
 
-from machinery.errors import UserError, first_line
+from machinery.errors import explain
 from networks.weights import download, load_state, read_weights
 
 # Published files, and how their SHA-256 begins: plain weights; NVIDIA's TorchScript of the same.
@@ -35,30 +38,27 @@ RESIZES = ("legacy_tensorflow", "clean", "legacy_pytorch")   # clean-fid's names
 
 def clean_resize(img):
     """clean-fid's "clean": a picture, or (H, W, 3) in [0, 255] -> float32 (299, 299, 3)."""
-    resized = []
-    for channel in np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0):
-        picture = Image.fromarray(channel)            # of Pillow's mode F, which keeps fractions
-        resized.append(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    channels = np.moveaxis(np.asarray(img, dtype=np.float32), 2, 0)
+    resized = [
+        Image.fromarray(channel).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        for channel in channels]                      # in Pillow's mode F, which keeps fractions
     return np.stack(resized, 2).clip(0, 255)
 
 
 def coco_crop(img, size=256):
     """A picture as COCO's FID and CLIP score see it, real or generated: uint8 (size, size, 3).
 
-    GigaGAN and DMD2 do so. Halves are rounded to the even neighbor, as in torchvision.
+    GigaGAN and DMD2 do so.
     """
-    W, H = img.size
-    side = min(W, H)
-    left, top = round((W - side) / 2), round((H - side) / 2)
-    square = img.convert("RGB").crop((left, top, left + side, top + side))
-    return np.array(square.resize((size, size), Image.Resampling.LANCZOS))
+    square = TF.center_crop(img.convert("RGB"), min(img.size))    # halves are rounded to even
+    return np.array(TF.resize(square, [size, size], TF.InterpolationMode.LANCZOS))
 
 
 def each(function, img):
     """function((H, W, 3)) of every image of (B, 3, H, W), in parallel."""
     with ThreadPoolExecutor() as pool:                # Pillow works outside the GIL
         out = list(pool.map(function, img.permute(0, 2, 3, 1).cpu().numpy()))
-    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).to(img.device)
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).to(img)
 
 
 def tensorflow_resize(img):
@@ -85,15 +85,10 @@ def resize(img, mode="legacy_tensorflow"):
 
 
 # -------------------------------------------------------------------------------------- the network
-def with_pool(Block):
-    """One of torchvision's classes of blocks, but its last branch pools by `pool`, set later."""
-    class Pooled(Block):
-        def forward(self, h):
-            branches = self._forward(h)
-            branches[-1] = self.branch_pool(self.pool(h))
-            return torch.cat(branches, 1)
-
-    return Pooled
+def repool(block, inputs, out):
+    """After one of torchvision's blocks: its last branch anew, pooled as in FID's network."""
+    pooled = block.branch_pool(block.pool(*inputs))
+    return torch.cat([out[:, : -pooled.shape[1]], pooled], 1)
 
 
 def fid_inception():
@@ -101,16 +96,11 @@ def fid_inception():
 
     There, averages do not count the padding, and the last block pools by maximum.
     """
-    try:
-        from torchvision.models import inception as v3
-    except ImportError:
-        raise UserError("FID by Inception is made from torchvision's: pip install torchvision")
-    net = v3.Inception3(num_classes=1008, aux_logits=False, init_weights=False, inception_blocks=[
-        v3.BasicConv2d, with_pool(v3.InceptionA), v3.InceptionB, with_pool(v3.InceptionC),
-        v3.InceptionD, with_pool(v3.InceptionE), v3.InceptionAux])
+    net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     for module in net.modules():
         if hasattr(module, "branch_pool"):
             module.pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
+            module.register_forward_hook(repool)
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats = False
             module.num_batches_tracked = None                     # some files lack it
@@ -133,20 +123,15 @@ class Inception(nn.Module):
     def __init__(self, resize=RESIZES[0], crop=False):
         super().__init__()
         self.resize, self.crop = resize, crop
-        net = fid_inception()
-        names = {"maxpool1": "pool1", "maxpool2": "pool2", "avgpool": "pool3"}  # as published
-        self.layers = nn.Sequential()                 # (B, 3, 299, 299) -> (B, 2048, 1, 1)
-        for name, layer in net.named_children():
-            if name not in ("dropout", "fc"):
-                self.layers.add_module(names.get(name, name), layer)
-        self.fc = net.fc
+        *layers, _, (_, fc) = fid_inception().named_children()      # and no dropout
+        self.layers = nn.Sequential(OrderedDict(layers))            # -> (B, 2048, 1, 1)
+        self.fc = fc
 
     def scaled(self, img):
         """(B, C, H, W) in [0, 1] -> (B, 3, 299, 299) in [-1, 1]. Times 255: bytes, exactly."""
         img = (img * 255).expand(-1, 3, -1, -1)
         if self.crop:
-            pixels = each(lambda p: coco_crop(Image.fromarray(p)), img.to(torch.uint8))
-            img = pixels.to(img)
+            img = each(lambda p: coco_crop(Image.fromarray(p.astype(np.uint8))), img)
         img = resize(img, self.resize)
         if self.resize == "legacy_pytorch":
             return 2 * (img / 255) - 1
@@ -181,13 +166,10 @@ def load_file(net, path):
         return
     # torch.jit.load reads TorchScript's own tensors and code, no Python. Its `layers` take the
     # place of ours, and the resize stays ours: features are the same but for rounding.
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # torch calls TorchScript deprecated
-            script = torch.jit.load(path, map_location="cpu")
+    with warnings.catch_warnings(), explain(
+            f"--inception {path}: a TorchScript file, but not inception-2015-12-05.pt, with "
+            "`layers` and an `output` of 1008 classes ({})", RuntimeError, AttributeError):
+        warnings.simplefilter("ignore")                         # torch calls TorchScript deprecated
+        script = torch.jit.load(path, map_location="cpu")
         net.layers = script.layers
         net.fc.load_state_dict(script.output.state_dict())
-    except (RuntimeError, AttributeError) as err:
-        raise UserError(
-            f"--inception {path}: a TorchScript file, but not inception-2015-12-05.pt, with "
-            f"`layers` and an `output` of 1008 classes ({first_line(err)})")

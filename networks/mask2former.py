@@ -6,12 +6,12 @@ antialias, the padding to multiples of 32, and instances as pairs of a query and
 
 import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from PIL import Image
 
-from machinery.errors import UserError, first_line
+from machinery.errors import UserError, explain
 
 
 CLASSES = tuple("""
@@ -55,8 +55,7 @@ def instances(z_class, z_mask, padded, resized, size, best=100):
     pixels = mask.byte().cpu().numpy()
     found = {}
     for s, q, c in zip(score.tolist(), query.tolist(), label.tolist()):
-        corners = Image.fromarray(pixels[q]).getbbox()    # None: the mask is empty
-        box = Box(corners or (0, 0, 0, 0))
+        box = Box(Image.fromarray(pixels[q]).getbbox() or (0, 0, 0, 0))   # None: an empty mask
         box.mask = mask[q]
         found.setdefault(CLASSES[c], []).append((box, s))
     return found
@@ -64,19 +63,14 @@ def instances(z_class, z_mask, padded, resized, size, best=100):
 
 def mask2former(net, device="cpu"):
     """A detector from transformers' Mask2Former: PIL picture -> {class: [(Box, score), ...]}."""
-    mean = torch.tensor(MEAN, device=device).view(3, 1, 1)
-    std = torch.tensor(STD, device=device).view(3, 1, 1)
-
     @torch.no_grad()
     def detector(image):
         W, H = image.size
         scale = min(800 / min(W, H), 1333 / max(W, H))
         h, w = int(H * scale + 0.5), int(W * scale + 0.5)
-        img = torch.from_numpy(np.array(image)).to(device)
-        img = img.permute(2, 0, 1)[None].float()                  # (1, 3, H, W), 0 to 255
+        img = TF.pil_to_tensor(image)[None].to(device).float()    # (1, 3, H, W), 0 to 255
         img = F.interpolate(img, (h, w), mode="bilinear").round()     # OpenCV's: no antialias
-        img = (img - mean) / std
-        img = F.pad(img, (0, -w % 32, 0, -h % 32))
+        img = F.pad(TF.normalize(img, MEAN, STD), (0, -w % 32, 0, -h % 32))
         out = net(pixel_values=img)
         z_class, z_mask = out.class_queries_logits[0], out.masks_queries_logits[0]
         return instances(z_class, z_mask, img.shape[2:], (h, w), (H, W))
@@ -86,15 +80,14 @@ def mask2former(net, device="cpu"):
 
 def load_mask2former(path=None, random_weights=False, device="cpu"):
     """The Mask2Former of COCO's 80 classes, from a folder or the hub; or a tiny random one."""
-    try:
+    with explain("--detector mask2former is transformers' Mask2Former: pip install transformers",
+                 ImportError):
         from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
-    except ImportError:
-        raise UserError("--detector mask2former is transformers' Mask2Former: "
-                        "pip install transformers")
-    if random_weights and not path:
-        stages = ["stage1", "stage2", "stage3", "stage4"]
+    if path or not random_weights:
+        net = from_pretrained(Mask2FormerForUniversalSegmentation, path)
+    else:
         swin = SwinConfig(
-            embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_features=stages)
+            embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, out_indices=[1, 2, 3, 4])
         config = Mask2FormerConfig(
             backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
             num_attention_heads=2, dim_feedforward=32, encoder_feedforward_dim=32,
@@ -102,8 +95,6 @@ def load_mask2former(path=None, random_weights=False, device="cpu"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             net = Mask2FormerForUniversalSegmentation(config)
-    else:
-        net = from_pretrained(Mask2FormerForUniversalSegmentation, path)
     return net.to(device).eval()
 
 
@@ -112,15 +103,13 @@ def from_pretrained(Net, path):
     if path and not os.path.isdir(path):
         raise UserError(f"--detector_weights {path}: no such folder; {hint}")
     path = path or MASK2FORMER
-    try:
+    # Exception: no network, another architecture, a file cut short
+    with explain(f"cannot load the detector {path} ({{}}); {hint}, named by "
+                 "--detector_weights PATH", Exception):
         net, said = Net.from_pretrained(path, output_loading_info=True)
-    except Exception as err:                  # no network, another architecture, a file cut short
-        raise UserError(f"cannot load the detector {path} ({type(err).__name__}: "
-                        f"{first_line(err)}); {hint}, named by --detector_weights PATH")
-    lost = {*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])}
-    lost &= {name for name, _ in net.named_parameters()}
+    lost = sorted(dict(net.named_parameters()).keys() & said["missing_keys"])
     if lost:
-        raise UserError(f"the detector {path} lacks {', '.join(sorted(lost)[:3])}; {hint}")
+        raise UserError(f"the detector {path} lacks {', '.join(lost[:3])}; {hint}")
     if net.config.num_labels != len(CLASSES):
         raise UserError(f"the detector {path} has {net.config.num_labels} classes, not 80; {hint}")
     return net

@@ -4,19 +4,13 @@ Learned queries collect the image into L tokens; the decoder, told the prompt, s
 over the patches. Both halves are vision transformers in OpenAI's manner, between two LayerNorms.
 """
 
-import math
-
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from networks.autoencoders import TokenCoder, as_rows
+from networks.autoencoders import TokenCoder, as_map, as_rows, table
 from networks.blocks import Network, PreNormBlock
 from networks.weights import renames
-
-
-def table(*shape):
-    """A learned table, at first small noise."""
-    return nn.Parameter(0.02 * torch.randn(*shape))
 
 
 class ViTHalf(Network):
@@ -32,34 +26,31 @@ class ViTHalf(Network):
         self.transformer = nn.ModuleList(
             PreNormBlock(width, heads, 4 * width) for _ in range(depth))
 
-    def with_class(self, h):
-        """Patches (B, places, width) -> (B, 1 + places, width), a class token first; positions."""
-        first = self.class_embedding.expand(len(h), 1, -1)
-        return torch.cat([first, h], 1) + self.positional_embedding
-
-    def through(self, *parts):
-        h = self.ln_pre(torch.cat(parts, 1))
-        h, _ = self.walk(self.transformer, h)
+    def through(self, patches, *others):
+        """Patches (B, places, width), a class token before them, other sequences behind."""
+        first = self.class_embedding.expand(len(patches), 1, -1)
+        h = torch.cat([first, patches], 1) + self.positional_embedding
+        h, _ = self.walk(self.transformer, self.ln_pre(torch.cat([h, *others], 1)))
         return h
 
 
 class TiTokEncoder(ViTHalf):
-    def __init__(self, patch, width, depth, heads, places, L, embed):
-        super().__init__(width, depth, heads, places, L)
+    def __init__(self, patch, embed, width, *vit):
+        super().__init__(width, *vit)
         self.patch_embed = nn.Conv2d(3, width, patch, patch)
         self.conv_out = nn.Linear(width, embed)
 
     def forward(self, img, latent_tokens):
-        h = self.with_class(as_rows(self.patch_embed(img)))
         queries = latent_tokens + self.latent_token_positional_embedding
-        h = self.through(h, queries.expand(len(img), -1, -1))         # (B, 1 + places + L, width)
+        patches = as_rows(self.patch_embed(img))
+        h = self.through(patches, queries.expand(len(img), -1, -1))   # (B, 1 + places + L, width)
         return self.conv_out(self.ln_post(h[:, -len(queries) :]))     # (B, L, embed)
 
 
 class TiTokDecoder(ViTHalf):
-    def __init__(self, patch, width, depth, heads, places, L, embed, text, text_width):
-        super().__init__(width, depth, heads, places, L)
-        self.places, self.patch = places, patch
+    def __init__(self, patch, embed, text, text_width, width, *vit):
+        super().__init__(width, *vit)
+        self.patch = patch
         self.mask_token = table(1, 1, width)
         self.text_guidance_positional_embedding = table(text, width)
         self.text_guidance_proj = nn.Linear(text_width, width)
@@ -69,15 +60,15 @@ class TiTokDecoder(ViTHalf):
 
     def forward(self, e, guide):
         """e (B, L, embed), guide (B, text, text_width) -> images (B, 3, H, W), about in [0, 1]."""
-        blank = self.with_class(self.mask_token.expand(len(e), self.places, -1))
+        places = len(self.positional_embedding) - 1
+        blank = self.mask_token.expand(len(e), places, -1)
         tokens = self.decoder_embed(e) + self.latent_token_positional_embedding
         text = self.text_guidance_proj(guide) + self.text_guidance_positional_embedding
-        h = self.through(blank, tokens, text)[:, 1 : 1 + self.places]
+        h = self.through(blank, tokens, text)[:, 1 : 1 + places]
         h = self.to_patch(self.ln_post(h))                            # (B, places, patch patch 3)
-        side = math.isqrt(self.places)
-        h = h.unflatten(2, (self.patch, self.patch, 3))
-        h = h.unflatten(1, (side, side)).permute(0, 5, 1, 3, 2, 4)
-        return self.conv_out(h.flatten(4).flatten(2, 3))              # (B, 3, H, W)
+        h = h.unflatten(2, (-1, 3)).mT.flatten(2)                     # (B, places, 3 patch patch)
+        h = as_map(h).contiguous()
+        return self.conv_out(F.pixel_shuffle(h, self.patch))          # (B, 3, H, W)
 
 
 class TATiTok(TokenCoder):
@@ -99,9 +90,9 @@ class TATiTok(TokenCoder):
         self.V = V
         places = (size // patch) ** 2
         self.latent_tokens = table(L, enc[0])
-        self.encoder = TiTokEncoder(patch, *enc, places, L, embed)
+        self.encoder = TiTokEncoder(patch, embed, *enc, places, L)
         self.codebook = nn.Embedding(V, embed)
-        self.decoder = TiTokDecoder(patch, *dec, places, L, embed, text, text_width)
+        self.decoder = TiTokDecoder(patch, embed, text, text_width, *dec, places, L)
 
     def latents(self, img):
         return self.encoder(img, self.latent_tokens)                  # (B, L, embed)

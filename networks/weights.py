@@ -6,62 +6,59 @@ every tensor finds its place in its shape, or one sentence says what is missing,
 another shape. How a file is read without running what is in it: machinery/files.py.
 """
 
+import contextlib
 import os
 import re
 
 import torch
 
-from machinery.errors import UserError, first_line
+from machinery.errors import UserError, explain, first_line
 from machinery.files import local, read_tensors
 
 
 # ----------------------------------------------------------------------------- finding and fetching
 HUB_FOLDERS = {"net": "transformer", "tokenizer": "vqvae", "text": "text_encoder"}
-HUB_STEMS = ("diffusion_pytorch_model", "model", "open_clip_model", "pytorch_model",
-             "open_clip_pytorch_model")
-HUB_KINDS = ("safetensors", "fp16.safetensors", "bin")
-HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS for kind in HUB_KINDS]
+HUB_STEMS = "diffusion_pytorch_model model open_clip_model pytorch_model open_clip_pytorch_model"
+HUB_KINDS = "safetensors fp16.safetensors bin"
+HUB_NAMES = [f"{stem}.{kind}" for stem in HUB_STEMS.split() for kind in HUB_KINDS.split()]
 
 
 def read_weights(path, role="net"):
     """The state dict in a .safetensors or torch file, or in a folder as hubs lay models out."""
     if not os.path.isdir(path):
         return read_tensors(path)
-    for folder in (path, os.path.join(path, HUB_FOLDERS[role])):
+    for folder in (path, f"{path}/{HUB_FOLDERS[role]}"):
         for name in HUB_NAMES:
-            file = os.path.join(folder, name)
-            if os.path.isfile(file):
-                return read_tensors(file)
+            if os.path.isfile(f"{folder}/{name}"):
+                return read_tensors(f"{folder}/{name}")
     raise UserError(f"no weights in the folder {path}, nor in its {HUB_FOLDERS[role]}/: "
                     f"expected one of {', '.join(HUB_NAMES[:4])}, ...")
 
 
 def fetch(repo, name, flag):
     """The local path of a published file: of this repository (repo None), else from the hub."""
-    if repo is None:
-        if not os.path.exists(local(name)):
-            raise UserError(
-                f"{name} does not ship with this version: make it (README), name a file of your "
-                f"own by {flag} PATH, or add --random_weights to try the code")
-        return local(name)
-    try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(repo, name)
-    except Exception as err:
+    if repo:
+        with explain(
+                f"cannot download {name} from the Hugging Face hub, repository {repo} ({{}}). "
+                f"Without network, fetch it elsewhere and name the file by {flag} PATH; or try "
+                "sizes and speed with --random_weights", Exception):
+            from huggingface_hub import hf_hub_download
+            return hf_hub_download(repo, name)
+    if not os.path.exists(local(name)):
         raise UserError(
-            f"cannot download {name} from the Hugging Face hub, repository {repo} "
-            f"({type(err).__name__}). Without network, fetch it elsewhere and name the file by "
-            f"{flag} PATH; or try sizes and speed with --random_weights")
+            f"{name} does not ship with this version: make it (README), name a file of your "
+            f"own by {flag} PATH, or add --random_weights to try the code")
+    return local(name)
 
 
 def download(url, digest, flag):
     """The local path of a file from the web, kept in torch's cache; its SHA-256 begins so."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if os.path.isfile(path):
-        return path
+    folder = f"{torch.hub.get_dir()}/checkpoints"
+    path = f"{folder}/{os.path.basename(url)}"
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path, digest)
+        if not os.path.isfile(path):
+            os.makedirs(folder, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, digest)
     except (OSError, RuntimeError) as err:      # no network, no room; another file than expected
         raise UserError(f"cannot download {url} ({first_line(err)}): fetch it elsewhere and name "
                         f"the file by {flag} PATH")
@@ -75,9 +72,9 @@ def renames(text):
     * is a number, at most one per name; .x holds anywhere, x at the start. ours#i is part i of a
     packed tensor; ours^T is stored transposed (see `published_state`).
     """
-    words = text.split()
+    words = iter(text.split())
     rules = []
-    for theirs, ours in zip(words[::2], words[1::2]):
+    for theirs, ours in zip(words, words):                        # two at a time
         start = "" if theirs.startswith(".") else "^"
         pattern = start + re.escape(theirs).replace(r"\*", r"(\d+)")
         rules.append((pattern, ours.replace("*", r"\1")))
@@ -97,8 +94,8 @@ def published_state(state, module):
         key = re.sub(r"^((module|_orig_mod)\.)+", "", original)
         if re.match(getattr(module, "published_extras", "$^"), key):
             continue
-        for pattern, name in getattr(module, "published_names", ()):
-            key = re.sub(pattern, name, key)
+        for rule in getattr(module, "published_names", ()):
+            key = re.sub(*rule, key)
         if key.endswith("^T"):
             key, tensor = key[:-2], tensor.T
         part = re.search(r"#(\d)", key)
@@ -107,16 +104,17 @@ def published_state(state, module):
             tensor = tensor.flatten(1)
         if part:
             packed.setdefault(key, {})["qkv"[int(part[1])]] = tensor
-            continue
-        if key in out and not torch.equal(out[key], tensor):
+        elif key in out and not torch.equal(out[key], tensor):
             complaints.append(f"two different tensors for {key}, one of them {original}")
-        out[key] = tensor
+        else:
+            out[key] = tensor
     for key, parts in packed.items():
-        missing = {*"qkv"} - parts.keys()
+        missing = sorted({*"qkv"} - parts.keys())
         if missing:
-            complaints.append(f"part {', '.join(sorted(missing))} of {key} missing")
+            complaints.append(f"part {', '.join(missing)} of {key} missing")
             out[key] = own.get(key)                   # said once, that is enough
-        elif len({shape_of(part)[1:] for part in parts.values()}) == 1:
+            continue
+        with contextlib.suppress(RuntimeError):       # parts of unequal shapes: `key` is missing
             out[key] = torch.cat([parts[part] for part in "qkv"])
     return out, complaints
 
@@ -127,19 +125,23 @@ def load_state(module, state, source):
     Float16 and bfloat16 tensors become the module's own dtype. source: how messages call the file.
     """
     for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and not isinstance(state.get(wrapper, 0), (int, torch.Tensor)):
-            state = state[wrapper]
+        if isinstance(state, dict):
+            state = state.get(wrapper, state)
     if not isinstance(state, dict):
         raise UserError(f"{source}: expected a dict of tensors, got {type(state).__name__}")
     state, complaints = published_state(state, module)
-    own = module.state_dict()
-    misshapen = [f"{key} {shape_of(state[key])} instead of {shape_of(own[key])}"
-                 for key in own.keys() & state.keys() if shape_of(state[key]) != shape_of(own[key])]
-    for what, names in (("missing", own.keys() - state.keys()),
-                        ("unexpected", state.keys() - own.keys()),
-                        ("of another shape", misshapen)):
+    got = {key: shape_of(tensor) for key, tensor in state.items()}
+    expected = {key: shape_of(tensor) for key, tensor in module.state_dict().items()}
+    misfits = {
+        "missing": expected.keys() - got.keys(),
+        "unexpected": got.keys() - expected.keys(),
+        "of another shape": [f"{key} {got[key]} instead of {expected[key]}"
+                             for key in got.keys() & expected.keys() if got[key] != expected[key]],
+    }
+    for what, names in misfits.items():
         if names:
-            complaints.append(f"{what} {some_of(names)}")
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            complaints.append(f"{what} {', '.join(sorted(names)[:4])}{more}")
     if complaints:
         raise UserError(f"{source} does not fit {type(module).__name__}: {'; '.join(complaints)}. "
                         "Is it another teacher's file, or another size?")
@@ -149,9 +151,3 @@ def load_state(module, state, source):
 
 def shape_of(tensor):
     return tuple(getattr(tensor, "shape", ()))
-
-
-def some_of(names):
-    """The first four, and how many more there are."""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(sorted(names)[:4]) + more
