@@ -63,7 +63,7 @@ def download():
     return f"{root}/FashionMNIST/raw"
 
 
-def load_images(split="train", raw=None):
+def load_images(split, raw=None):
     """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of "train" (N = 60,000) or "t10k" (10,000).
 
     raw: a folder with the four files. The default is Debian's; without it they are downloaded.
@@ -134,7 +134,7 @@ def main(args):
     img, labels = load_images("train", args.raw)
     tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)
     meta = describe(tokenizer, "maskbit-tiny", "Fashion-MNIST, training set")
-    meta |= dict(n=len(img), variants=1, complete=True)
+    meta |= {"n": len(img), "variants": 1, "complete": True}
     parts = [encode(tokenizer, img[i : i + 500], 500) for i in trange(0, len(img), 500)]
     tokens = np.concatenate(parts).astype(token_dtype(meta["V"]))            # (N, L, G)
     if args.pack:

@@ -24,7 +24,7 @@ from worlds.shapes import SHAPES, benchmark, detect
 def judge_fashion(teacher, extractor, reference, make_images, n, batch=250, seed=0, desc=None):
     """FID and its relatives in FashionNet's feature space, on n images, all classes in turn."""
     asked = in_turn(teacher.conditions(), n)
-    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc=desc)
+    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc)
 
 
 @torch.no_grad()
@@ -74,12 +74,10 @@ def load_detector(args, device):
         return detect(np.array(image).transpose(2, 0, 1))
 
     def detector(image):
-        found, _ = see(image)
-        return found
+        return see(image)[0]
 
     def color_of(image, box, name):
-        _, color = see(image)
-        return color(box, name)
+        return see(image)[1](box, name)
 
     note = "not comparable with published GenEval, whose detector is another"
     facts = dict(detector="worlds/shapes.py", note=f"worlds/shapes.py detects: {note}")

@@ -95,13 +95,12 @@ def codebook_report(tok, img):
 
 def train_tokenizer(args):
     img, _ = photographs("train", args.device)
-    model = BitTokenizer(**SPEC.tokenizer)
-    model.to(args.device, memory_format=torch.channels_last)
+    model = BitTokenizer(**SPEC.tokenizer).to(args.device, memory_format=torch.channels_last)
 
     def loss_fn():
-        i = torch.randint(len(img), (args.batch,))
-        part = img[i].float() / 255
-        return tokenizer_loss(model, part.contiguous(memory_format=torch.channels_last))
+        part = img[torch.randint(len(img), (args.batch,))].float()
+        part = part.contiguous(memory_format=torch.channels_last)
+        return tokenizer_loss(model, part / 255)
 
     model = fit(model, loss_fn, args).half().float().cpu()                   # as it ships
     test, _ = photographs("t10k", "cpu")

@@ -16,7 +16,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from scipy.cluster.vq import kmeans2
@@ -89,25 +88,22 @@ def tokenizer_loss(tok, centers, img):
     x = torch.cdist(patches(img), centers).argmin(-1)                        # (B, L)
     codes = tok.codebook.weight[x]                                           # (B, L, embed)
     z = tok.latents(img).float().flatten(2).transpose(1, 2)
-    out = tok.pixels(codes).float()
-    recon = pixel_loss(out, img)
+    recon = pixel_loss(tok.pixels(codes).float(), img)
     miss = (z - codes).square().mean()
-    right = (tok.nearest(z) == x).float().mean()
-    return recon + 5 * miss, dict(recon=recon, right=right)
+    right = tok.nearest(z) == x
+    return recon + 5 * miss, dict(recon=recon, right=right.float().mean())
 
 
 def train_tokenizer(args):
     img, _, _ = scenes(args.n, SEED)
-    model = SPEC.Tokenizer(**SPEC.tokenizer)
-    model.to(memory_format=torch.channels_last)
+    model = SPEC.Tokenizer(**SPEC.tokenizer).to(memory_format=torch.channels_last)
     centers, codes = code_patches(img[:3000].float() / 255, model.V, SPEC.tokenizer["embed"],
                                   args.seed)
-    model.codebook.weight = nn.Parameter(codes, requires_grad=False)
+    model.codebook.weight = torch.nn.Parameter(codes, requires_grad=False)
 
     def loss_fn():
-        part = img[random_rows(args)].float() / 255
-        part = part.contiguous(memory_format=torch.channels_last)
-        return tokenizer_loss(model, centers, part)
+        part = img[random_rows(args)].float().contiguous(memory_format=torch.channels_last)
+        return tokenizer_loss(model, centers, part / 255)
 
     return fit(model, loss_fn, args)
 
@@ -170,10 +166,9 @@ def teacher_loss(net, x, cond):
     drop = torch.rand(B) < 0.1
     for c, null in zip(cond, net.null(cond)):
         c[drop] = null[drop]
-    *cond, _ = cond
     t = torch.randint(64, (B,)) * (torch.rand(B) < 0.5).float()
     x_t = x.masked_fill(mask, net.V)
-    z = net(embed_tokens(x_t, *net.tables()), (*cond, t))
+    z = net(embed_tokens(x_t, *net.tables()), (*cond[:3], t))
     scored = x.masked_fill(~mask, -100)                                      # -100: not scored
     loss = F.cross_entropy(z.flatten(0, 2), scored.flatten())
     return loss, dict(masked=loss)
@@ -188,11 +183,8 @@ def train_teacher(args):
     def condition(prompts):
         return model.condition(*text(text.tokenize(prompts)))
 
-    def encode(img):
-        return tokenizer.encode(img.float() / 255)
-
     with torch.no_grad():
-        x = in_parts(encode, img, "tokens")
+        x = in_parts(lambda part: tokenizer.encode(part.float() / 255), img, "tokens")
         features = condition(prompts)
         model.null_text, model.null_pooled = condition([SPEC.negative])[:2]
     net = torch.compile(model) if args.compile else model
@@ -215,22 +207,17 @@ def spoiled(e):
     def stripe():
         """(B, side): some rows or columns that follow each other."""
         low = torch.randint(side - 2, (B, 1))
-        size = torch.randint(1, 6, (B, 1))
+        high = low + torch.randint(1, 6, (B, 1))
         at = torch.arange(side)
-        return (low <= at) & (at < low + size)
-
-    def half(*shape):
-        """True in half of the pictures."""
-        return torch.rand(B, *shape) < 0.5
+        return (low <= at) & (at < high)
 
     rectangle = stripe()[:, :, None] & stripe()[:, None]
     dots = torch.rand(B, side, side) < 0.3 * torch.rand(B, 1, 1)
-    change = torch.where(half(1, 1), rectangle, dots)[..., None]
+    change = torch.where(torch.rand(B, 1, 1) < 0.5, rectangle, dots)[..., None]
 
     e = e.unflatten(1, (side, side))                                         # (B, side, side, d)
-    down, right = torch.randint(side, (2,)).tolist()
-    other = e.roll((1, down, right), (0, 1, 2))
-    share = torch.where(half(1, 1, 1), 1.0, torch.rand(B, 1, 1, 1))
+    other = e.roll((1, *torch.randint(side, (2,)).tolist()), (0, 1, 2))
+    share = torch.where(torch.rand(B, 1, 1, 1) < 0.5, 1.0, torch.rand(B, 1, 1, 1))
     return torch.lerp(e, other, change * share).flatten(1, 2)
 
 
@@ -246,8 +233,7 @@ def drawings(img, touching, prompts, some):
     tokenizer = teacher.tokenizer
 
     def embed(img):
-        x = tokenizer.encode(img.float() / 255)
-        return embed_tokens(x, *tokenizer.tables())
+        return embed_tokens(tokenizer.encode(img.float() / 255), *tokenizer.tables())
 
     def pixels(e):
         return to_bytes(tokenizer.decode(e, clamp=True), SPEC)
@@ -289,10 +275,9 @@ def imagereward_loss(model, good, worse, ids, wrong):
     pixels = torch.cat([good, worse]).float() / 255
     seen, seen_worse = model.see(preprocess(pixels, model.size)).chunk(2)
     pictures = [seen] * (1 + len(wrong)) + [seen_worse]
-    captions = [ids, *wrong, ids]
-    r = model.raw(torch.cat(pictures), torch.cat(captions))
-    r = r.unflatten(0, (len(captions), -1))                                  # (K + 2, B)
-    r, r_wrong, r_worse = r[0], r[1:-1], r[-1]
+    r = model.raw(torch.cat(pictures), torch.cat([ids, *wrong, ids]))
+    r, *r_wrong, r_worse = r.split(len(ids))                                 # K + 2 of (B,)
+    r_wrong = torch.stack(r_wrong)
     # Pairs leave the zero of the scores free: keep them near it.
     size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()
     ranks = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean()

@@ -29,6 +29,9 @@ from worlds.shapes import (KINDS, MIXED, astray,  # noqa: E402
                            render, scenes)
 
 
+SPEC = SPECS["meissonic-tiny"]
+
+
 def accuracy(n=6000, seed=5):
     """Share of fresh renderings in which the reader finds what was asked for, per task.
 
@@ -61,8 +64,8 @@ def reward_accuracy(n=1500, seed=5):
     low: the standard deviation over pictures that fit a caption, by that over all pairs of a
     picture and a caption.
     """
-    rng, spec = np.random.default_rng(seed), SPECS["meissonic-tiny"]
-    rewards = rewards_for(spec, spec.rewards)
+    rng = np.random.default_rng(seed)
+    rewards = rewards_for(SPEC, SPEC.rewards)
     img, prompts, _ = scenes(n, seed)
     touching = scenes(n, seed, touching=True).img
     twins = scenes(n, seed, again=1).img
@@ -93,15 +96,14 @@ def alike(path, n=24, times=12, seed=3):
     path: a student, or "teacher" for the teacher's own steps.
     """
     if path == "teacher":
-        teacher = load_teacher("meissonic-tiny")
-        steps = next(iter(teacher.spec.sampling))
-        draw = functools.partial(generate_teacher, teacher, steps=steps)
+        teacher = load_teacher(SPEC.name)
+        draw = functools.partial(generate_teacher, teacher, steps=next(iter(SPEC.sampling)))
     else:
-        teacher, net, _ = load_student(path, "meissonic-tiny")
-        draw = functools.partial(generate_student, teacher, net, **teacher.spec.student)
+        teacher, net, _ = load_student(path, SPEC.name)
+        draw = functools.partial(generate_student, teacher, net, **SPEC.student)
     torch.manual_seed(seed)
-    prompts = np.repeat(benchmark(n, seed)[0], times).tolist()
-    img = draw(teacher.conditions(prompts))
+    prompts, _ = benchmark(n, seed)
+    img = draw(teacher.conditions(np.repeat(prompts, times).tolist()))
     x = torch.cat([teacher.tokenizer.encode(part.float() / 255) for part in img.split(250)])
     x = x.view(n, times, -1)
     same = (x[:, :, None] == x[:, None]).float().mean(-1)                    # (n, times, times)

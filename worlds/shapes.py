@@ -32,11 +32,13 @@ from metrics.geneval import TASKS
 
 SIZE, FINE = 32, 8                       # pixels per side; drawn FINE times larger, then reduced
 CELL = 4                                 # pixels: all sides, places and gaps are multiples of it
-SHAPES = ("circle", "square", "triangle", "ring", "cross")
+SHAPES = "circle square triangle ring cross".split()
+PLURALS = "circles squares triangles rings crosses".split()
+NUMBERS = "two three four".split()
 HUES = {"red": 0, "orange": 30,          # degrees
         "yellow": 58, "green": 125,
         "blue": 222, "purple": 285}
-COLORS = tuple(HUES)
+COLORS = list(HUES)
 GRAYS = (70, 100, 130, 160, 190)         # of the ground
 SHADES = (0.8, 1.0)                      # of a shape: its value in HSV
 SIDES = {1: [3, 4],                      # of each of n objects, in cells
@@ -46,12 +48,10 @@ RELATIONS = {"left of": (-1, 0),
              "right of": (1, 0),
              "above": (0, -1),
              "below": (0, 1)}
-NUMBERS = ("two", "three", "four")
-PLURALS = ("circles", "squares", "triangles", "rings", "crosses")
 MIXED = (*TASKS, "mixture", "mixture")   # what to train on
-KINDS = (tuple(RELATIONS), COLORS,       # of words that a caption can be wrong in
+KINDS = (list(RELATIONS), COLORS,        # of words that a caption can be wrong in
          SHAPES, PLURALS, NUMBERS)
-WORDS = (*"a an and of left right above below".split(), *sum(KINDS[1:], ()))
+WORDS = "a an and of left right above below".split() + sum(KINDS[1:], [])
 
 
 # -------------------------------------------------------------------------------- captions
@@ -80,7 +80,7 @@ def caption(rng, task):
     """A random Caption of one of GenEval's six tasks, or of task "mixture"."""
     shapes = rng.choice(SHAPES, 2, replace=False).tolist()
     colors = rng.choice(COLORS, 2, replace=False).tolist()
-    relation = str(rng.choice(list(RELATIONS)))
+    relation = str(rng.choice(KINDS[0]))
     n = int(rng.integers(2, 5))
     form = ("position", "counting")[rng.integers(2)]
     if task != "mixture":
@@ -149,7 +149,7 @@ def stands(a, b, relation):
     return along > 1.5 * abs(across)
 
 
-def place(rng, n, relation=None, touching=False):
+def place(rng, n, relation, touching):
     """Boxes (x, y, side) of n objects in pixels, (n, 3); box 1 stands in `relation` to box 0.
 
     They are a cell or more apart. All are multiples of CELL, the patch of a token, so that a shape
@@ -184,9 +184,10 @@ def draw_shape(draw, shape, box, fill):
         draw.rectangle(whole, fill)
     elif shape == "triangle":
         draw.polygon((x, bottom, right, bottom, x + side / 2, y), fill)
-    elif shape == "cross":
-        draw.rectangle((x + 0.33 * side, y, x + 0.67 * side, bottom), fill)
-        draw.rectangle((x, y + 0.33 * side, right, y + 0.67 * side), fill)
+    else:                                                                    # a cross
+        low, high = 0.33 * side, 0.67 * side
+        draw.rectangle((x + low, y, x + high, bottom), fill)
+        draw.rectangle((x, y + low, right, y + high), fill)
 
 
 def render(rng, objects, relation=None, touching=False):
@@ -232,7 +233,7 @@ def scenes(n, seed=0, tasks=MIXED, touching=False, again=0):
     return drawn
 
 
-def benchmark(n, seed=0):
+def benchmark(n, seed):
     """(prompts, metadata) of n prompts, GenEval's six tasks in turn.
 
     Each depends on the seed and its place alone.

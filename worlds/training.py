@@ -26,17 +26,12 @@ def training_flags(add, steps, batch, lr):
         help="bfloat16 autocast (fast on CPUs with AMX and on GPUs)")
 
 
-def learning_rate(n, steps, lr):
-    """Rate of update n: a warm-up of 200 updates, times a cosine that ends at a fiftieth."""
-    warmup = min(1.0, (n + 1) / 200)
-    return lr * (warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * n / steps)) / 2))
-
-
 def fit(model, loss_fn, args, muon=False):
     """Minimize loss_fn() -> (loss, log) by AdamW; returns the running average of the weights.
 
     muon: the matrices of the blocks are trained by Muon instead (Jordan et al. 2024), scaled as
     AdamW. The shapes teacher's loss after 300 steps is 5.51 with it, 5.77 without.
+    The rate: a warm-up of 200 updates, times a cosine that ends at a fiftieth.
     """
     matrices, rest = [], []
     for name, p in model.named_parameters():
@@ -55,9 +50,11 @@ def fit(model, loss_fn, args, muon=False):
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        warmup = min(1.0, (n + 1) / 200)
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * n / args.steps)) / 2
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = learning_rate(n, args.steps, args.lr)
+                group["lr"] = args.lr * (warmup * cosine)
             opt.step()
         ema_update(average, model, n, decay=0.999)
         if n % 50 == 0:
