@@ -95,7 +95,8 @@ def codebook_report(tok, img):
 
 def train_tokenizer(args):
     img, _ = photographs("train", args.device)
-    model = BitTokenizer(**SPEC.tokenizer).to(args.device, memory_format=torch.channels_last)
+    model = BitTokenizer(**SPEC.tokenizer)
+    model.to(args.device, memory_format=torch.channels_last)
 
     def loss_fn():
         part = img[torch.randint(len(img), (args.batch,))].float()
@@ -179,14 +180,19 @@ def train_classifier(args):
     some = features[:: len(img) // 5000].half().cpu().numpy()                # (5000, dim)
     path = f"{ASSETS}/reference.npz"
     with replacing(path) as f:
-        write_packed(f, mu=mu, sigma=sigma.astype(np.float32), n=len(img), features=some)
+        write_packed(
+            f, mu=mu,
+            sigma=sigma.astype(np.float32),
+            n=len(img), features=some)
 
     reference = load_reference(path, net.dim, args.device)
     guess = torch.cat([extract(net, part)[1].argmax(1) for part in test.split(500)])
     every = torch.arange(len(test), device=args.device)
     row = image_metrics(lambda i, **_: test[i], every, net, reference)
     ship(net, f"{ASSETS}/classifier.safetensors", args,
-         n=len(img), n_features=len(some), dim=net.dim,
+         n=len(img),
+         n_features=len(some),
+         dim=net.dim,
          test_accuracy=(guess == test_labels).double().mean().item(),
          test_images=row)
 

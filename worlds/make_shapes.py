@@ -97,8 +97,11 @@ def tokenizer_loss(tok, centers, img):
 def train_tokenizer(args):
     img, _, _ = scenes(args.n, SEED)
     model = SPEC.Tokenizer(**SPEC.tokenizer).to(memory_format=torch.channels_last)
-    centers, codes = code_patches(img[:3000].float() / 255, model.V, SPEC.tokenizer["embed"],
-                                  args.seed)
+    centers, codes = code_patches(
+        img[:3000].float() / 255,
+        model.V,
+        width=SPEC.tokenizer["embed"],
+        seed=args.seed)
     model.codebook.weight = torch.nn.Parameter(codes, requires_grad=False)
 
     def loss_fn():
@@ -128,7 +131,11 @@ def clip_loss(model, img, ids, same):
 def train_clip(args):
     (img, _, metas), prompts, which = captioned(args)
     model = CLIP(**SHAPES_CLIP)
-    ids = clip_ids(prompts, model.context_length, model.vocab_size, pads_with_bang=True)
+    ids = clip_ids(
+        prompts,
+        model.context_length,
+        model.vocab_size,
+        pads_with_bang=True)
 
     def words(i):
         """What the caption of scene i speaks of, in any order."""
@@ -184,7 +191,9 @@ def train_teacher(args):
         return model.condition(*text(text.tokenize(prompts)))
 
     with torch.no_grad():
-        x = in_parts(lambda part: tokenizer.encode(part.float() / 255), img, "tokens")
+        x = in_parts(
+            lambda part: tokenizer.encode(part.float() / 255),
+            img, "tokens")
         features = condition(prompts)
         model.null_text, model.null_pooled = condition([SPEC.negative])[:2]
     net = torch.compile(model) if args.compile else model
@@ -239,8 +248,11 @@ def drawings(img, touching, prompts, some):
         return to_bytes(tokenizer.decode(e, clamp=True), SPEC)
 
     e = in_parts(embed, img, "tokens")
-    draw = [functools.partial(generate_teacher, teacher, steps=steps) for steps in (1, 4, 8)]
-    draw += 3 * [functools.partial(generate_student, teacher, theta_0, **SPEC.student)]
+    draw = [functools.partial(generate_teacher, teacher, steps=steps)
+            for steps in (1, 4, 8)]
+    student = functools.partial(
+        generate_student, teacher, theta_0, **SPEC.student)
+    draw += [student, student, student]
     parts = teacher.conditions(prompts[:some]).split(100)
     worse = [draw[i % 6](part) for i, part in enumerate(tqdm(parts, "drawn"))]
 
@@ -302,7 +314,9 @@ def train_imagereward(args):
         easy, path = 0.1, f"{ROOT}/assets/shapes/imagereward.safetensors"
         load_state(model, read_weights(path), path)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        good, worse = drawings(img, touching, prompts, some=args.n // 3)
+        good, worse = drawings(
+            img, touching,
+            prompts, some=args.n // 3)
 
     def false(prompt):
         if rng.random() < easy:
@@ -312,8 +326,14 @@ def train_imagereward(args):
     def loss_fn():
         i = random_rows(args)
         true = [prompts[k] for k in i]
-        wrong = [model.tokenize(map(false, true)) for _ in range(3)]
-        return imagereward_loss(model, good[i], worse[i], model.tokenize(true), torch.stack(wrong))
+        wrong = [model.tokenize(map(false, true))
+                 for _ in range(3)]
+        return imagereward_loss(
+            model,
+            good[i],
+            worse[i],
+            model.tokenize(true),
+            torch.stack(wrong))
 
     return fit(model, loss_fn, args, muon=True)
 
@@ -337,7 +357,9 @@ if __name__ == "__main__":
     add("--train", choices=TRAININGS, required=True, help="which network to train")
     add("--go_on", action="store_true",
         help="train the shipped teacher or imagereward further, not a new one")
-    add("--n", type=number(100, kind=int), default=40_000, help="scenes to train on (%(default)s)")
+    add("--n", type=number(100, kind=int),
+        default=40_000,
+        help="scenes to train on (%(default)s)")
     training_flags(add, steps=3000, batch=128, lr=1e-3)
     add("--compile", action="store_true",
         help="torch.compile the teacher (15%% faster; needs a C++ compiler)")

@@ -95,7 +95,7 @@ def caption(rng, task):
         prompt = f"{NUMBERS[n - 2]} {phrase(PLURALS[SHAPES.index(shapes[0])], colors[0])}"
         metadata["include"] = [clause(*first, n)]
         metadata["exclude"] = [clause(shapes[0], None, n + 1)]
-    elif form == "position":             # a ring left of a square: as in GenEval the target is first
+    elif form == "position":             # a ring left of a square: in GenEval the target is first
         objects = [second, first]
         prompt = f"{article(phrase(*first))} {relation} {article(phrase(*second))}"
         metadata["include"] = [clause(*second), clause(*first, position=[relation, 0])]
