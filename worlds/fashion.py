@@ -11,11 +11,9 @@ missing, from torchvision's downloader. Images are padded to 32x32 and never fli
 point left, and a teacher should know that.
 """
 
-import argparse
 import gzip
 import json
 import os
-import struct
 import sys
 import zlib
 
@@ -23,13 +21,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
+from tqdm import trange
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-from data.tokens import (describe, load_tokenizer, token_dtype,  # noqa: E402
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
+from data.tokens import (describe, encode, load_tokenizer, token_dtype,  # noqa: E402
                          write_folder, write_packed)
-from machinery.errors import UserError, first_line, guard  # noqa: E402
+from machinery.errors import UserError, explain, guard  # noqa: E402
 from machinery.files import ROOT, replacing  # noqa: E402
+from machinery.flags import add_weights, parser  # noqa: E402
 from metrics.reference import load_reference  # noqa: E402
 from networks.weights import load_state, read_weights  # noqa: E402
 
@@ -43,31 +42,28 @@ INSTALL = ("install Debian's package dataset-fashion-mnist, or name a folder wit
 
 
 # ----------------------------------------------------------------------------- the photographs
-def read_idx(path, shape):
+def read_idx(path, *shape):
     """The bytes in a gzipped IDX file of this shape; ValueError if it has another."""
-    n = 1 + len(shape)
     with gzip.open(path) as f:
-        header = struct.unpack(f">{n}I", f.read(4 * n))
-        data = np.frombuffer(f.read(), np.uint8)
-    if header != (0x800 + len(shape), *shape):                               # 8: unsigned bytes
-        raise ValueError(f"{path}: expected {shape[0]} images of 28x28 and a class for each, "
-                         f"got an array of {header[1:]}")
-    return data.reshape(shape)
+        data = f.read()
+    header = np.frombuffer(data, ">i4", 1 + len(shape))
+    if header.tolist() != [0x800 + len(shape), *shape]:                      # 8: unsigned bytes
+        raise ValueError(f"expected {shape[0]} images of 28x28 and a class for each, "
+                         f"got an array of {header[1:]} in {path}")
+    return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(shape)
 
 
 def download():
     """The folder of raw files as torchvision's downloader leaves it."""
     root = f"{ROOT}/data/fashion_raw"
-    try:
+    with explain(f"Fashion-MNIST is not in {DEBIAN} and could not be downloaded to {root} ({{}}); "
+                 f"{INSTALL}", Exception):        # no network, no torchvision, a broken mirror
         from torchvision.datasets import FashionMNIST
         FashionMNIST(root, download=True)
-    except Exception as err:             # no network, no torchvision, a broken mirror: one sentence
-        raise UserError(f"Fashion-MNIST is not in {DEBIAN} and could not be downloaded to {root} "
-                        f"({type(err).__name__}: {first_line(err)}); {INSTALL}")
     return f"{root}/FashionMNIST/raw"
 
 
-def load_images(split="train", raw=None):
+def load_images(split, raw=None):
     """(images uint8 (N, 1, 32, 32), labels uint8 (N,)) of "train" (N = 60,000) or "t10k" (10,000).
 
     raw: a folder with the four files. The default is Debian's; without it they are downloaded.
@@ -75,13 +71,12 @@ def load_images(split="train", raw=None):
     if raw is None:
         raw = DEBIAN if os.path.isdir(DEBIAN) else download()
     n = COUNT[split]
-    try:
-        img = read_idx(f"{raw}/{split}-images-idx3-ubyte.gz", (n, 28, 28))
-        labels = read_idx(f"{raw}/{split}-labels-idx1-ubyte.gz", (n,))
+    with explain(f"cannot read Fashion-MNIST's files in {raw} ({{}}); {INSTALL}",
+                 OSError, EOFError, ValueError, zlib.error):
+        img = read_idx(f"{raw}/{split}-images-idx3-ubyte.gz", n, 28, 28)
+        labels = read_idx(f"{raw}/{split}-labels-idx1-ubyte.gz", n)
         if labels.max() >= len(CLASSES):
             raise ValueError(f"{split}: there are classes above {len(CLASSES) - 1}")
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as err:
-        raise UserError(f"cannot read Fashion-MNIST's files in {raw} ({err}); {INSTALL}")
     img = np.pad(img, ((0, 0), (2, 2), (2, 2)))                              # (N, 32, 32)
     return img[:, None], labels.copy()
 
@@ -109,9 +104,9 @@ class FashionNet(nn.Module):
         h, stats = img, []
         for conv, norm in zip(self.convs, self.norms):
             h = F.relu(norm(conv(h)))                                        # (B, width, H, W)
-            mean = h.mean((2, 3), keepdim=True)                              # (B, width, 1, 1)
-            variance = (h - mean).square().mean((2, 3))
-            stats += [mean[:, :, 0, 0], (variance + 1e-6).sqrt()]
+            mean = h.mean((2, 3))                                            # (B, width)
+            variance = (h - mean[..., None, None]).square().mean((2, 3))
+            stats += [mean, (variance + 1e-6).sqrt()]
         features = self.standard(torch.cat(stats, 1))                        # (B, dim)
         return features, self.head(features)
 
@@ -131,9 +126,7 @@ def load_extractor(spec, device="cpu"):
 
 # ------------------------------------------------------------------------- photographs to tokens
 def main(args):
-    folder = args.out
-    if args.pack:
-        folder = os.path.dirname(args.pack) or "."
+    folder = os.path.dirname(args.pack or f"{args.out}/") or "."
     os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK):                                       # said before the work
         raise UserError(f"cannot write into {folder}: name another place by --out or --pack")
@@ -141,11 +134,9 @@ def main(args):
     img, labels = load_images("train", args.raw)
     tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)
     meta = describe(tokenizer, "maskbit-tiny", "Fashion-MNIST, training set")
-    meta |= dict(n=len(img), variants=1, complete=True)
-    parts = tqdm(torch.from_numpy(img).split(500), unit="batch")
-    tokens = torch.cat([tokenizer.encode(part.float() / 255) for part in parts])
-    tokens = tokens.numpy().astype(token_dtype(meta["V"]))                   # (N, L, G)
-
+    meta |= {"n": len(img), "variants": 1, "complete": True}
+    parts = [encode(tokenizer, img[i : i + 500], 500) for i in trange(0, len(img), 500)]
+    tokens = np.concatenate(parts).astype(token_dtype(meta["V"]))            # (N, L, G)
     if args.pack:
         with replacing(args.pack) as f:
             write_packed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
@@ -155,12 +146,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--out", default=f"{ROOT}/data/fashion", help="folder to write (%(default)s)")
-    ap.add_argument("--pack", metavar="FILE.npz",
-                    help="write one compressed file instead of the folder")
-    ap.add_argument("--raw", metavar="DIR", help="folder with the four .gz files")
-    ap.add_argument("--tokenizer_weights", metavar="PATH",
-                    help="another tokenizer than the one in assets/")
+    ap = parser(__doc__)
+    add = ap.add_argument
+    add("--out", default=f"{ROOT}/data/fashion", help="folder to write (%(default)s)")
+    add("--pack", metavar="FILE.npz", help="write one compressed file instead of the folder")
+    add("--raw", metavar="DIR", help="folder with the four .gz files")
+    add_weights(add, "tokenizer")
     guard(lambda: main(ap.parse_args()))

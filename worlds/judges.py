@@ -24,7 +24,7 @@ from worlds.shapes import SHAPES, benchmark, detect
 def judge_fashion(teacher, extractor, reference, make_images, n, batch=250, seed=0, desc=None):
     """FID and its relatives in FashionNet's feature space, on n images, all classes in turn."""
     asked = in_turn(teacher.conditions(), n)
-    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc=desc)
+    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc)
 
 
 @torch.no_grad()
@@ -35,22 +35,22 @@ def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None)
     without Di[M]O ends in.
     """
     prompts, metadata = benchmark(n, seed)
-    names = list(rewards.models)
 
     def score(part, img):
         """(b, 2 + rewards) of uint8 images (b, 3, H, W): right or wrong, chroma, rewards."""
-        pictures = zip(metadata[part], img.cpu().numpy())
+        pictures = zip(metadata[part], img.cpu())
         right = [verdict(line, *detect(pixels))[0] for line, pixels in pictures]
         chroma = (img.amax(1) - img.amin(1)).float().mean((1, 2)) / 255      # (b,)
         scores = rewards(img.float() / 255, prompts[part])
-        columns = [torch.tensor(right).to(chroma), chroma, *(scores[name] for name in names)]
-        return torch.stack(columns, 1)
+        return torch.stack([torch.tensor(right).to(chroma), chroma, *scores.values()], 1)
 
-    asked, width = teacher.conditions(prompts), 2 + len(names)
-    scores, facts = scored(make_images, asked, score, width, batch, seed, desc)
+    names = ["right", "chroma", *rewards.models]
+    asked = teacher.conditions(prompts)
+    scores, facts = scored(make_images, asked, score, len(names), batch, seed, desc)
     tags = [line["tag"] for line in metadata]
     tasks = geneval_table(zip(tags, scores[:, 0].tolist()))
-    means = dict(zip(["chroma", *names], scores[:, 1:].mean(0).tolist()))
+    means = dict(zip(names, scores.mean(0).tolist()))
+    del means["right"]
     return {"n": n, **tasks, **means, **facts, "reader": "worlds/shapes.py"}
 
 
@@ -59,11 +59,10 @@ def load_judge(teacher, device="cpu"):
     spec = teacher.spec
     if spec.world == "fashion":
         return functools.partial(judge_fashion, teacher, *load_extractor(spec, device))
-    files = [local(path) for path, _ in spec.rewards.values()]
-    if spec.world == "shapes" and all(map(os.path.exists, files)):
+    ships = all(os.path.exists(local(path)) for path, _ in spec.rewards.values())
+    if spec.world == "shapes" and ships:
         rewards = rewards_for(spec, spec.rewards, device=device)
         return functools.partial(judge_shapes, teacher, rewards)
-    return None
 
 
 def load_detector(args, device):
@@ -75,12 +74,10 @@ def load_detector(args, device):
         return detect(np.array(image).transpose(2, 0, 1))
 
     def detector(image):
-        found, _ = see(image)
-        return found
+        return see(image)[0]
 
     def color_of(image, box, name):
-        _, color = see(image)
-        return color(box, name)
+        return see(image)[1](box, name)
 
     note = "not comparable with published GenEval, whose detector is another"
     facts = dict(detector="worlds/shapes.py", note=f"worlds/shapes.py detects: {note}")

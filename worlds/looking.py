@@ -5,16 +5,15 @@
 
 import functools
 import json
-import os
 
-from safetensors.torch import save
-
-from machinery.files import local, replacing
+from data.tokens import write_lines
+from machinery.files import local
 from machinery.pictures import sheet, spread
 from machinery.processes import is_main
 from machinery.records import append_rows
 from metrics.tables import headline, table
 from teachers import fixed_sample, generate_student, generate_teacher
+from worlds.training import write_weights
 
 
 def one_step(run, net):
@@ -33,21 +32,19 @@ def samples(run, make_images):
 
 def write_sheet(run, name, strips):
     """Labeled strips of images, with the prompts of a text teacher, as a picture of the run."""
-    words = None
-    if run.prompts:
-        words = spread(run.prompts, len(strips[0][1]))
-    sheet(strips, os.path.join(run.c.out, name), words=words)
+    words = spread(run.prompts, len(strips[0][1])) if run.prompts else None
+    sheet(strips, f"{run.c.out}/{name}", words=words)
 
 
 def look(run, step):
     """Every --eval_every steps and at the end: a row of metrics, and a strip of samples."""
     c = run.c
-    if not c.eval_every or not (step % c.eval_every == 0 or step >= c.steps):
+    if not c.eval_every or (step % c.eval_every and step < c.steps):
         return
     name = f"student, step {step}" if step else "start of this run"
     make_images = one_step(run, run.ema)
     if run.judge and c.n_eval:
-        row = run.judge(make_images, c.n_eval, desc=name if is_main() else None)
+        row = run.judge(make_images, c.n_eval, desc=name)
         run.say(f"{name}: {headline(row)}")
         row = dict(model=name, kind="student", steps=1, temperature=c.temperature, **row)
         run.rows.append(row)
@@ -63,7 +60,8 @@ def finish(run):
     if c.profile:
         return
     if is_main():
-        write_student(run)
+        write_weights(run.ema, f"{c.out}/student.safetensors")
+        run.say(f"wrote {c.out}/student.safetensors")
     if not c.eval_every:
         return
     N = next(iter(spec.sampling))
@@ -78,26 +76,14 @@ def finish(run):
         return
     with run.autocast():
         n = 500 if spec.record else c.n_eval
-        timed = run.judge(many_steps, n, desc="the teacher" if is_main() else None)
-    shipped = teacher_rows(spec, timed, N)
-    rows = [row for row in shipped if row["n"] == c.n_eval] + run.rows
+        timed = run.judge(many_steps, n, desc="the teacher")
     if is_main():
-        with open(os.path.join(c.out, "results.jsonl"), "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+        shipped = teacher_rows(spec, timed, N)
+        rows = [row for row in shipped if row["n"] == c.n_eval] + run.rows
+        write_lines(f"{c.out}/results.jsonl", map(json.dumps, rows))
         text = table(rows)
-        with open(os.path.join(c.out, "table.md"), "w") as f:
-            f.write(text + "\n")
+        write_lines(f"{c.out}/table.md", [text])
         run.say("\n" + text)
-
-
-def write_student(run):
-    """student.safetensors: the average of the student's weights, in float16."""
-    path = os.path.join(run.c.out, "student.safetensors")
-    state = run.ema.state_dict()
-    weights = {key: state[key].half().cpu().contiguous() for key in state}
-    with replacing(path) as f:
-        f.write(save(weights))
-    run.say(f"wrote {path}")
 
 
 def teacher_rows(spec, timed, N):
@@ -112,7 +98,6 @@ def teacher_rows(spec, timed, N):
     with open(local(spec.record)) as f:
         rows = [dict(json.loads(line), model="teacher, shipped record") for line in f]
     for row in rows:
-        here = timed if row["steps"] == N else {}
-        row["images/s"] = here.get("images/s")
-        row["tokens_only/s"] = here.get("tokens_only/s")
+        for speed in ("images/s", "tokens_only/s"):
+            row[speed] = timed[speed] if row["steps"] == N else None
     return rows

@@ -8,29 +8,28 @@ Each writes into assets/fashion/, and a record beside the weights. assets/fashio
 settings, times and results of the files that ship.
 """
 
-import argparse
 import math
 import os
 import sys
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 from data.tokens import write_packed  # noqa: E402
 from dimo import mask_ratio  # noqa: E402
 from machinery.errors import guard  # noqa: E402
 from machinery.files import replacing  # noqa: E402
-from machinery.flags import default_device, share  # noqa: E402
+from machinery.flags import add_device, parser, share  # noqa: E402
 from metrics.engine import Moments, extract  # noqa: E402
 from metrics.fid import image_metrics  # noqa: E402
+from metrics.reference import load_reference  # noqa: E402
 from networks.autoencoders import BitTokenizer, bits_of  # noqa: E402
 from soft_embed import embed_tokens  # noqa: E402
 from teachers import SPECS, MaskBit, decode_tokens  # noqa: E402
-from worlds.fashion import ASSETS, FashionNet, load_extractor, load_images  # noqa: E402
+from worlds.fashion import ASSETS, FashionNet, load_images  # noqa: E402
 from worlds.training import fit, pixel_loss, ship, training_flags  # noqa: E402
 
 
@@ -40,8 +39,7 @@ SPEC = SPECS["maskbit-tiny"]
 def photographs(split, device):
     """(images uint8 (N, 1, 32, 32), labels (N,)) of a split, on the device."""
     img, labels = map(torch.from_numpy, load_images(split))
-    labels = labels.long()
-    return img.to(device), labels.to(device)
+    return img.to(device), labels.long().to(device)
 
 
 # ------------------------------------------------------------------------------- the tokenizer
@@ -63,8 +61,7 @@ def tokenizer_loss(tok, img):
     p = p.flatten(2).transpose(1, 2).reshape(-1, tok.bits)                   # (N, bits)
     sure = -(p * p.log() + (1 - p) * (1 - p).log()).sum(1).mean()
     n = tok.bits // 2
-    on = bits_of(torch.arange(tok.V, device=p.device), n) > 0                # (V, n)
-    on = on.float()
+    on = (bits_of(torch.arange(tok.V, device=p.device), n) > 0).float()      # (V, n)
 
     def of_codes(q):
         """Probabilities of a group's bits (N, n) -> of its codes (N, V)."""
@@ -73,8 +70,8 @@ def tokenizer_loss(tok, img):
     first, second = map(of_codes, p.split(n, 1))
     joint = first.T @ second / len(p)                                        # (V, V)
     used = -(joint * (joint + 1e-12).log()).sum()
-    loss = recon + 0.02 * commit + 0.02 * (sure - used)
-    return loss, dict(recon=recon, sure=sure, used=used)
+    log = dict(recon=recon, sure=sure, used=used)
+    return recon + 0.02 * commit + 0.02 * (sure - used), log
 
 
 @torch.no_grad()
@@ -90,28 +87,25 @@ def codebook_report(tok, img):
         count += torch.bincount((x << shift).sum(-1).flatten(), minlength=codes)
     p = count / count.sum()
     entropy = -(p * (p + 1e-12).log()).sum()
-    psnr = -10 * math.log10(error / img.numel())
-    codes_used = int((count > 0).sum())
-    return dict(psnr=psnr, codes_used=codes_used,
-                codes=codes, perplexity=math.exp(entropy))
+    return dict(psnr=-10 * math.log10(error / img.numel()),
+                codes_used=int((count > 0).sum()),
+                codes=codes,
+                perplexity=math.exp(entropy))
 
 
-def train_tokenizer(args, start):
+def train_tokenizer(args):
     img, _ = photographs("train", args.device)
     model = BitTokenizer(**SPEC.tokenizer)
     model.to(args.device, memory_format=torch.channels_last)
 
     def loss_fn():
-        i = torch.randint(len(img), (args.batch,))
-        part = img[i].float() / 255
-        return tokenizer_loss(model, part.contiguous(memory_format=torch.channels_last))
+        part = img[torch.randint(len(img), (args.batch,))].float()
+        part = part.contiguous(memory_format=torch.channels_last)
+        return tokenizer_loss(model, part / 255)
 
-    def report():
-        test, _ = photographs("t10k", "cpu")
-        return codebook_report(model.float().cpu(), test)
-
-    model = fit(model, loss_fn, args)
-    ship(model, f"{ASSETS}/tokenizer.safetensors", args, start, report)
+    model = fit(model, loss_fn, args).half().float().cpu()                   # as it ships
+    test, _ = photographs("t10k", "cpu")
+    ship(model, f"{ASSETS}/tokenizer.safetensors", args, **codebook_report(model, test))
 
 
 # ------------------------------------------------------------------------------- the teacher
@@ -129,40 +123,33 @@ def mdm_loss(net, x, labels):
     z = net(embed_tokens(x_t, *net.tables()), (cond,))
     ce = F.cross_entropy(z.flatten(0, 2), x.flatten(),
                          reduction="none", label_smoothing=0.1)
-    masked = (x_t == net.V).flatten()
-    loss = ce.mean()
-    of_masked = (ce * masked).sum() / masked.sum()
-    return loss, dict(all=loss, masked=of_masked)
+    loss, masked = ce.mean(), mask.flatten()
+    return loss, dict(all=loss, masked=(ce * masked).sum() / masked.sum())
 
 
-def train_mdm(args, start):
+def train_mdm(args):
     with np.load(f"{ASSETS}/tokens.npz") as f:
-        x, labels = map(torch.from_numpy, (f["tokens"], f["labels"]))
-    x = x.long().to(args.device)
-    labels = labels.long().to(args.device)
-    model = MaskBit(**SPEC.net, dropout=args.dropout)
-    model.to(args.device)
+        x, labels = (torch.from_numpy(f[name]).long().to(args.device)
+                     for name in ("tokens", "labels"))
+    model = MaskBit(**SPEC.net, dropout=args.dropout).to(args.device)
 
     def loss_fn():
         i = torch.randint(len(x), (args.batch,))
         return mdm_loss(model, x[i], labels[i])
 
-    model = fit(model, loss_fn, args)
-    ship(model, f"{ASSETS}/teacher.safetensors", args, start)
+    ship(fit(model, loss_fn, args), f"{ASSETS}/teacher.safetensors", args)
 
 
 # ----------------------------------------------------------------- classifier and statistics
 def classify(img, labels, args):
     """A FashionNet trained on uint8 images and their labels."""
     net = FashionNet().to(args.device)
-    opt = torch.optim.AdamW(net.parameters(),
-                            weight_decay=0.01)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     bar = tqdm(range(args.steps), "classifier", mininterval=2)
     for n in bar:
         k = n % (len(img) // args.batch)
         if k == 0:                                                           # a new epoch
-            order = torch.randperm(len(img))
-            order = order.split(args.batch)
+            order = torch.randperm(len(img)).split(args.batch)
         decay = (1.01 + 0.99 * math.cos(math.pi * n / args.steps)) / 2
         warmup = min(1, (n + 1) / 100)
         opt.param_groups[0]["lr"] = args.lr * warmup * decay
@@ -176,57 +163,59 @@ def classify(img, labels, args):
     return net
 
 
-def train_classifier(args, start):
-    """Train FashionNet; write its weights, the training set's statistics, a record of both."""
+def train_classifier(args):
+    """Train FashionNet; write its weights, the training set's statistics, a record of both.
+
+    The record says what the metric says of real images it was not made from: the floor of all
+    numbers.
+    """
     img, labels = photographs("train", args.device)
     test, test_labels = photographs("t10k", args.device)
     net = classify(img, labels, args)
-    net.half().float().eval().requires_grad_(False)    # the statistics are the shipped weights'
+    net.half().float().eval().requires_grad_(False)                          # as it ships
     features = torch.cat([extract(net, part)[0] for part in img.split(500)])
     moments = Moments(net.dim, features.double().mean(0), args.device)
     moments.add(features)
     mu, sigma = moments.result()
     some = features[:: len(img) // 5000].half().cpu().numpy()                # (5000, dim)
-    with replacing(f"{ASSETS}/reference.npz") as f:
-        write_packed(f, mu=mu, sigma=sigma.astype(np.float32),
-                     n=len(img), features=some)
+    path = f"{ASSETS}/reference.npz"
+    with replacing(path) as f:
+        write_packed(
+            f, mu=mu,
+            sigma=sigma.astype(np.float32),
+            n=len(img), features=some)
 
-    def report():
-        """What the metric says of real images it was not made from: the floor of all numbers."""
-        net, reference = load_extractor(SPEC, args.device)
-        guess = torch.cat([extract(net, part)[1].argmax(1) for part in test.split(500)])
-        right = (guess == test_labels).double().mean().item()
-        every = torch.arange(len(test), device=args.device)
-        row = image_metrics(lambda i, **_: test[i], every, net, reference)
-        return dict(n=len(img), n_features=len(some), dim=net.dim,
-                    test_accuracy=right, test_images=row)
-
-    ship(net, f"{ASSETS}/classifier.safetensors", args, start, report)
+    reference = load_reference(path, net.dim, args.device)
+    guess = torch.cat([extract(net, part)[1].argmax(1) for part in test.split(500)])
+    every = torch.arange(len(test), device=args.device)
+    row = image_metrics(lambda i, **_: test[i], every, net, reference)
+    ship(net, f"{ASSETS}/classifier.safetensors", args,
+         n=len(img),
+         n_features=len(some),
+         dim=net.dim,
+         test_accuracy=(guess == test_labels).double().mean().item(),
+         test_images=row)
 
 
 def main(args):
-    start = time.time()
     torch.manual_seed(args.seed)
     if args.train_tokenizer:
-        train_tokenizer(args, start)
+        train_tokenizer(args)
     elif args.train_mdm:
-        train_mdm(args, start)
+        train_mdm(args)
     else:
-        train_classifier(args, start)
+        train_classifier(args)
 
 
 if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = ap.add_mutually_exclusive_group(required=True)
-    what.add_argument("--train_tokenizer", action="store_true", help="train the tiny tokenizer")
-    what.add_argument("--train_mdm", action="store_true",
-                      help="train the tiny teacher on the tokens in assets/")
-    what.add_argument("--train_classifier", action="store_true",
-                      help="train FashionNet, and take its statistics of real images")
-    training_flags(ap, steps=6000, batch=64, lr=2e-3)
-    ap.add_argument("--dropout", type=share,
-                    default=0.0, help="share of the teacher's activations to drop (%(default)s)")
-    ap.add_argument("--device", default=default_device(),
-                    help="cpu or cuda (%(default)s)")
+    ap = parser(__doc__)
+    what = ap.add_mutually_exclusive_group(required=True).add_argument
+    what("--train_tokenizer", action="store_true", help="train the tiny tokenizer")
+    what("--train_mdm", action="store_true", help="train the tiny teacher on the tokens in assets/")
+    what("--train_classifier", action="store_true",
+         help="train FashionNet, and take its statistics of real images")
+    training_flags(ap.add_argument, steps=6000, batch=64, lr=2e-3)
+    ap.add_argument("--dropout", type=share, default=0.0,
+                    help="share of the teacher's activations to drop (%(default)s)")
+    add_device(ap.add_argument)
     guard(lambda: main(ap.parse_args()))

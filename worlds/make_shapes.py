@@ -9,26 +9,24 @@ Each writes assets/shapes/NAME.safetensors, and a record beside it. assets/shape
 settings, times and results of the files that ship. worlds/measure_shapes.py measures them.
 """
 
-import argparse
 import functools
 import math
 import os
 import sys
-import time
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
+from data.tokens import write_lines  # noqa: E402
 from dimo import exact_mask, mask_ratio  # noqa: E402
 from machinery.errors import guard  # noqa: E402
-from machinery.files import ROOT, replacing  # noqa: E402
-from machinery.flags import number  # noqa: E402
+from machinery.files import ROOT  # noqa: E402
+from machinery.flags import number, parser  # noqa: E402
 from networks.blip import ImageReward, WordPiece  # noqa: E402
 from networks.clip import preprocess  # noqa: E402
 from networks.text import clip_ids  # noqa: E402
@@ -37,7 +35,7 @@ from soft_embed import embed_tokens  # noqa: E402
 from teachers import (SHAPES_CLIP, SHAPES_REWARD, SPECS, build,  # noqa: E402
                       generate_student, generate_teacher,
                       load_student, to_bytes)
-from worlds.shapes import (CELL, MIXED, SIZE, WORDS,  # noqa: E402
+from worlds.shapes import (CELL, MIXED, WORDS,  # noqa: E402
                            astray, scenes)
 from worlds.training import (fit, pixel_loss, ship,  # noqa: E402
                              training_flags)
@@ -65,10 +63,7 @@ def random_rows(args):
 # ------------------------------------------------------------------------------- the tokenizer
 def patches(img):
     """Pictures (n, 3, H, W) -> their patches (n, L, 3 CELL^2), row by row."""
-    img = img.unflatten(3, (-1, CELL))
-    img = img.unflatten(2, (-1, CELL))                               # (n, 3, h, CELL, w, CELL)
-    img = img.permute(0, 2, 4, 1, 3, 5)
-    return img.flatten(3).flatten(1, 2)
+    return F.pixel_unshuffle(img, CELL).flatten(2).transpose(1, 2)
 
 
 def code_patches(img, V, width, seed):
@@ -93,27 +88,25 @@ def tokenizer_loss(tok, centers, img):
     x = torch.cdist(patches(img), centers).argmin(-1)                        # (B, L)
     codes = tok.codebook.weight[x]                                           # (B, L, embed)
     z = tok.latents(img).float().flatten(2).transpose(1, 2)
-    out = tok.pixels(codes).float()
-    recon = pixel_loss(out, img)
+    recon = pixel_loss(tok.pixels(codes).float(), img)
     miss = (z - codes).square().mean()
-    right = (tok.nearest(z) == x).float().mean()
-    return recon + 5 * miss, dict(recon=recon, right=right)
+    right = tok.nearest(z) == x
+    return recon + 5 * miss, dict(recon=recon, right=right.float().mean())
 
 
 def train_tokenizer(args):
-    drawn = scenes(args.n, SEED)
-    img = torch.from_numpy(drawn.img)
-    model = SPEC.Tokenizer(**SPEC.tokenizer)
-    model.to(memory_format=torch.channels_last)
-    centers, codes = code_patches(img[:3000].float() / 255, model.V,
-                                  width=SPEC.tokenizer["embed"],
-                                  seed=args.seed)
-    model.codebook.weight = nn.Parameter(codes, requires_grad=False)
+    img, _, _ = scenes(args.n, SEED)
+    model = SPEC.Tokenizer(**SPEC.tokenizer).to(memory_format=torch.channels_last)
+    centers, codes = code_patches(
+        img[:3000].float() / 255,
+        model.V,
+        width=SPEC.tokenizer["embed"],
+        seed=args.seed)
+    model.codebook.weight = torch.nn.Parameter(codes, requires_grad=False)
 
     def loss_fn():
-        part = img[random_rows(args)].float() / 255
-        part = part.contiguous(memory_format=torch.channels_last)
-        return tokenizer_loss(model, centers, part)
+        part = img[random_rows(args)].float().contiguous(memory_format=torch.channels_last)
+        return tokenizer_loss(model, centers, part / 255)
 
     return fit(model, loss_fn, args)
 
@@ -136,19 +129,20 @@ def clip_loss(model, img, ids, same):
 
 
 def train_clip(args):
-    drawn, prompts, which = captioned(args)
-    img = torch.from_numpy(drawn.img)
+    (img, _, metas), prompts, which = captioned(args)
     model = CLIP(**SHAPES_CLIP)
-    ids = clip_ids(prompts,
-                   model.context_length, model.vocab_size,
-                   pads_with_bang=True)
+    ids = clip_ids(
+        prompts,
+        model.context_length,
+        model.vocab_size,
+        pads_with_bang=True)
 
     def words(i):
         """What the caption of scene i speaks of, in any order."""
-        include = drawn.metas[i]["include"]
-        classes = [clause["class"] for clause in include]
-        colors = [clause.get("color", "") for clause in include]
-        return sorted(classes + colors)
+        said = []
+        for clause in metas[i]["include"]:
+            said += [clause["class"], clause.get("color", "")]
+        return sorted(said)
 
     neighbors = torch.tensor(sorted(range(args.n), key=words))       # same words, side by side
 
@@ -179,19 +173,16 @@ def teacher_loss(net, x, cond):
     drop = torch.rand(B) < 0.1
     for c, null in zip(cond, net.null(cond)):
         c[drop] = null[drop]
-    *cond, _ = cond
-    step = torch.randint(64, (B,))
-    told = torch.rand(B) < 0.5
-    t = step * told.float()
+    t = torch.randint(64, (B,)) * (torch.rand(B) < 0.5).float()
     x_t = x.masked_fill(mask, net.V)
-    z = net(embed_tokens(x_t, *net.tables()), (*cond, t))
+    z = net(embed_tokens(x_t, *net.tables()), (*cond[:3], t))
     scored = x.masked_fill(~mask, -100)                                      # -100: not scored
     loss = F.cross_entropy(z.flatten(0, 2), scored.flatten())
     return loss, dict(masked=loss)
 
 
 def train_teacher(args):
-    drawn, prompts, which = captioned(args)
+    (img, *_), prompts, which = captioned(args)
     tokenizer = build(SPEC, "tokenizer").eval()
     text = build(SPEC, "text").eval()
     model = build(SPEC, "net") if args.go_on else SPEC.Net(**SPEC.net)
@@ -199,12 +190,10 @@ def train_teacher(args):
     def condition(prompts):
         return model.condition(*text(text.tokenize(prompts)))
 
-    def encode(img):
-        return tokenizer.encode(img.float() / 255)
-
     with torch.no_grad():
-        img = torch.from_numpy(drawn.img)
-        x = in_parts(encode, img, "tokens")
+        x = in_parts(
+            lambda part: tokenizer.encode(part.float() / 255),
+            img, "tokens")
         features = condition(prompts)
         model.null_text, model.null_pooled = condition([SPEC.negative])[:2]
     net = torch.compile(model) if args.compile else model
@@ -227,24 +216,17 @@ def spoiled(e):
     def stripe():
         """(B, side): some rows or columns that follow each other."""
         low = torch.randint(side - 2, (B, 1))
-        size = torch.randint(1, 6, (B, 1))
+        high = low + torch.randint(1, 6, (B, 1))
         at = torch.arange(side)
-        return (low <= at) & (at < low + size)
+        return (low <= at) & (at < high)
 
-    def half(*shape):
-        """True in half of the pictures."""
-        return torch.rand(B, *shape) < 0.5
-
-    rows = stripe()
-    columns = stripe()
-    rectangle = rows[:, :, None] & columns[:, None]
+    rectangle = stripe()[:, :, None] & stripe()[:, None]
     dots = torch.rand(B, side, side) < 0.3 * torch.rand(B, 1, 1)
-    change = torch.where(half(1, 1), rectangle, dots)[..., None]
+    change = torch.where(torch.rand(B, 1, 1) < 0.5, rectangle, dots)[..., None]
 
     e = e.unflatten(1, (side, side))                                         # (B, side, side, d)
-    down, right = torch.randint(side, (2,)).tolist()
-    other = e.roll((1, down, right), (0, 1, 2))
-    share = torch.where(half(1, 1, 1), 1.0, torch.rand(B, 1, 1, 1))
+    other = e.roll((1, *torch.randint(side, (2,)).tolist()), (0, 1, 2))
+    share = torch.where(torch.rand(B, 1, 1, 1) < 0.5, 1.0, torch.rand(B, 1, 1, 1))
     return torch.lerp(e, other, change * share).flatten(1, 2)
 
 
@@ -260,31 +242,24 @@ def drawings(img, touching, prompts, some):
     tokenizer = teacher.tokenizer
 
     def embed(img):
-        x = tokenizer.encode(img.float() / 255)
-        return embed_tokens(x, *tokenizer.tables())
+        return embed_tokens(tokenizer.encode(img.float() / 255), *tokenizer.tables())
 
     def pixels(e):
         return to_bytes(tokenizer.decode(e, clamp=True), SPEC)
 
     e = in_parts(embed, img, "tokens")
-    draw = []
-    for steps in (1, 4, 8):
-        draw.append(functools.partial(generate_teacher, teacher,
-                                      steps=steps))
-    student = functools.partial(generate_student, teacher, theta_0,
-                                **SPEC.student)
+    draw = [functools.partial(generate_teacher, teacher, steps=steps)
+            for steps in (1, 4, 8)]
+    student = functools.partial(
+        generate_student, teacher, theta_0, **SPEC.student)
     draw += [student, student, student]
-    worse = []
-    asked = teacher.conditions(prompts[:some])
-    parts = asked.split(100)
-    for i, part in enumerate(tqdm(parts, "drawn")):
-        worse.append(draw[i % 6](part))
+    parts = teacher.conditions(prompts[:some]).split(100)
+    worse = [draw[i % 6](part) for i, part in enumerate(tqdm(parts, "drawn"))]
 
     e_worse = spoiled(e[some:])
-    merged = (touching != img).flatten(1).any(1)                             # there are several
-    merged[2 * some:] = False
-    merged, touching = merged[some:], touching[some:]
-    e_worse[merged] = in_parts(embed, touching[merged], "touching")
+    touching = touching[some : 2 * some]
+    merged = (touching != img[some : 2 * some]).flatten(1).any(1)            # there are several
+    e_worse[:some][merged] = in_parts(embed, touching[merged], "touching")
     worse.append(in_parts(pixels, e_worse, "worse"))
     return in_parts(pixels, e, "good"), torch.cat(worse)
 
@@ -300,8 +275,7 @@ def grid_code(side, width):
     turns = 2 ** torch.linspace(-3, 1, width // 4)
     angle = torch.outer(torch.arange(side) / side, 2 * math.pi * turns)
     code = 0.5 * torch.cat([angle.sin(), angle.cos()], 1)                    # (side, width / 2)
-    columns, rows = code.repeat(side, 1), code.repeat_interleave(side, 0)
-    return torch.cat([columns, rows], 1)
+    return torch.cat([code.repeat(side, 1), code.repeat_interleave(side, 0)], 1)
 
 
 def imagereward_loss(model, good, worse, ids, wrong):
@@ -313,10 +287,9 @@ def imagereward_loss(model, good, worse, ids, wrong):
     pixels = torch.cat([good, worse]).float() / 255
     seen, seen_worse = model.see(preprocess(pixels, model.size)).chunk(2)
     pictures = [seen] * (1 + len(wrong)) + [seen_worse]
-    captions = [ids, *wrong, ids]
-    r = model.raw(torch.cat(pictures), torch.cat(captions))
-    r = r.unflatten(0, (len(captions), -1))                                  # (K + 2, B)
-    r, r_wrong, r_worse = r[0], r[1:-1], r[-1]
+    r = model.raw(torch.cat(pictures), torch.cat([ids, *wrong, ids]))
+    r, *r_wrong, r_worse = r.split(len(ids))                                 # K + 2 of (B,)
+    r_wrong = torch.stack(r_wrong)
     # Pairs leave the zero of the scores free: keep them near it.
     size = (r**2 + (r_wrong**2).mean(0) + r_worse**2).mean()
     ranks = F.softplus(r_wrong - r).mean() + F.softplus(r_worse - r).mean()
@@ -328,26 +301,22 @@ def imagereward_loss(model, good, worse, ids, wrong):
 def train_imagereward(args):
     tasks = (*MIXED, "position", "position", "counting", "mixture")
     img, prompts, _ = scenes(args.n, SEED, tasks)
-    touching = scenes(args.n, SEED, tasks,
-                      touching=True).img
+    touching = scenes(args.n, SEED, tasks, touching=True).img
     rng = np.random.default_rng(args.seed)
     words = f"{ROOT}/{SPEC.bert_vocab}"
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, ""]
-    with replacing(words) as f:
-        f.write("\n".join(vocabulary).encode())
+    write_lines(words, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])
 
     model = ImageReward(wordpiece=WordPiece(words), **SHAPES_REWARD)
-    width = SHAPES_REWARD["vision"][0]
-    side = SIZE // SHAPES_REWARD["patch"]
-    model.pos.data[0, 1:] = grid_code(side, width)
+    N, width = model.pos[0, 1:].shape
+    model.pos.data[0, 1:] = grid_code(math.isqrt(N), width)
     easy = 0.5                           # share of wrong captions that are just another picture's
     if args.go_on:
         easy, path = 0.1, f"{ROOT}/assets/shapes/imagereward.safetensors"
         load_state(model, read_weights(path), path)
-    img, touching = torch.from_numpy(img), torch.from_numpy(touching)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        good, worse = drawings(img, touching,
-                               prompts, some=args.n // 3)
+        good, worse = drawings(
+            img, touching,
+            prompts, some=args.n // 3)
 
     def false(prompt):
         if rng.random() < easy:
@@ -357,10 +326,14 @@ def train_imagereward(args):
     def loss_fn():
         i = random_rows(args)
         true = [prompts[k] for k in i]
-        ids, wrong = model.tokenize(true), []
-        for _ in range(3):
-            wrong.append(model.tokenize([false(prompt) for prompt in true]))
-        return imagereward_loss(model, good[i], worse[i], ids, torch.stack(wrong))
+        wrong = [model.tokenize(map(false, true))
+                 for _ in range(3)]
+        return imagereward_loss(
+            model,
+            good[i],
+            worse[i],
+            model.tokenize(true),
+            torch.stack(wrong))
 
     return fit(model, loss_fn, args, muon=True)
 
@@ -373,22 +346,21 @@ TRAININGS = {"tokenizer": train_tokenizer,
 
 
 def main(args):
-    start = time.time()
     torch.manual_seed(args.seed)
     model = TRAININGS[args.train](args)
-    ship(model, f"{ROOT}/assets/shapes/{args.train}.safetensors", args, start)
+    ship(model, f"{ROOT}/assets/shapes/{args.train}.safetensors", args)
 
 
 if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--train", choices=TRAININGS, required=True,
-                    help="which network to train")
-    ap.add_argument("--go_on", action="store_true",
-                    help="train the shipped teacher or imagereward further, not a new one")
-    ap.add_argument("--n", type=number(100, kind=int),
-                    default=40_000, help="scenes to train on (%(default)s)")
-    training_flags(ap, steps=3000, batch=128, lr=1e-3)
-    ap.add_argument("--compile", action="store_true",
-                    help="torch.compile the teacher (15%% faster; needs a C++ compiler)")
+    ap = parser(__doc__)
+    add = ap.add_argument
+    add("--train", choices=TRAININGS, required=True, help="which network to train")
+    add("--go_on", action="store_true",
+        help="train the shipped teacher or imagereward further, not a new one")
+    add("--n", type=number(100, kind=int),
+        default=40_000,
+        help="scenes to train on (%(default)s)")
+    training_flags(add, steps=3000, batch=128, lr=1e-3)
+    add("--compile", action="store_true",
+        help="torch.compile the teacher (15%% faster; needs a C++ compiler)")
     guard(lambda: main(ap.parse_args()))

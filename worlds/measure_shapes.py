@@ -7,7 +7,6 @@
     python worlds/measure_shapes.py --prompts FILE --n 4000   # captions, to distill from
 """
 
-import argparse
 import functools
 import json
 import os
@@ -16,10 +15,10 @@ import sys
 import numpy as np
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
+from data.tokens import write_lines  # noqa: E402
 from machinery.errors import guard  # noqa: E402
-from machinery.files import replacing  # noqa: E402
-from machinery.flags import nonnegative_int, positive_int  # noqa: E402
+from machinery.flags import nonnegative_int, parser, positive_int  # noqa: E402
 from machinery.pictures import sheet  # noqa: E402
 from metrics.geneval import TASKS, geneval_table, verdict  # noqa: E402
 from reward import rewards_for  # noqa: E402
@@ -28,6 +27,9 @@ from teachers import (SPECS, generate_student,  # noqa: E402
 from worlds.shapes import (KINDS, MIXED, astray,  # noqa: E402
                            benchmark, caption, detect,
                            render, scenes)
+
+
+SPEC = SPECS["meissonic-tiny"]
 
 
 def accuracy(n=6000, seed=5):
@@ -62,26 +64,26 @@ def reward_accuracy(n=1500, seed=5):
     low: the standard deviation over pictures that fit a caption, by that over all pairs of a
     picture and a caption.
     """
-    rng, spec = np.random.default_rng(seed), SPECS["meissonic-tiny"]
-    rewards = rewards_for(spec, spec.rewards)
+    rng = np.random.default_rng(seed)
+    rewards = rewards_for(SPEC, SPEC.rewards)
     img, prompts, _ = scenes(n, seed)
     touching = scenes(n, seed, touching=True).img
     twins = scenes(n, seed, again=1).img
     wrong = [astray(rng, prompt) for prompt in prompts]
-    kinds = np.array([what_changed(*pair) for pair in zip(prompts, wrong)])
+    kinds = np.array(list(map(what_changed, prompts, wrong)))
     several = (touching != img).any((1, 2, 3))
 
     def score(img, prompts):
-        return rewards(torch.from_numpy(img).float() / 255, prompts)
+        return rewards(img.float() / 255, prompts)
 
     own, of_wrong = score(img, prompts), score(img, wrong)
     of_touching, of_twin = score(touching, prompts), score(twins, prompts)
     table = {}
-    for name in own:
-        r, r_wrong = own[name], of_wrong[name]
+    for name, r in own.items():
+        r_wrong = of_wrong[name]
         right = (r > r_wrong).numpy()
         row = {kind: right[kinds == kind].mean() for kind in sorted(set(kinds))}
-        row["touching"] = (r > of_touching[name]).numpy()[several].mean()
+        row["touching"] = (r > of_touching[name])[several].double().mean()
         row["taste"] = (r - of_twin[name]).std() / 2**0.5 / torch.cat([r, r_wrong]).std()
         table[name] = {kind: round(float(share), 3) for kind, share in row.items()}
     return table
@@ -94,15 +96,14 @@ def alike(path, n=24, times=12, seed=3):
     path: a student, or "teacher" for the teacher's own steps.
     """
     if path == "teacher":
-        teacher = load_teacher("meissonic-tiny")
-        steps = next(iter(teacher.spec.sampling))
-        draw = functools.partial(generate_teacher, teacher, steps=steps)
+        teacher = load_teacher(SPEC.name)
+        draw = functools.partial(generate_teacher, teacher, steps=next(iter(SPEC.sampling)))
     else:
-        teacher, net, _ = load_student(path, "meissonic-tiny")
-        draw = functools.partial(generate_student, teacher, net, **teacher.spec.student)
+        teacher, net, _ = load_student(path, SPEC.name)
+        draw = functools.partial(generate_student, teacher, net, **SPEC.student)
     torch.manual_seed(seed)
-    prompts = np.repeat(benchmark(n, seed)[0], times).tolist()
-    img = draw(teacher.conditions(prompts))
+    prompts, _ = benchmark(n, seed)
+    img = draw(teacher.conditions(np.repeat(prompts, times).tolist()))
     x = torch.cat([teacher.tokenizer.encode(part.float() / 255) for part in img.split(250)])
     x = x.view(n, times, -1)
     same = (x[:, :, None] == x[:, None]).float().mean(-1)                    # (n, times, times)
@@ -122,31 +123,28 @@ def main(args):
     for path in args.alike:
         show({"student": path, "alike": round(alike(path), 3)})
     if args.prompts:
-        with replacing(args.prompts) as f:
-            for i in range(args.n):
-                rng = np.random.default_rng([args.seed, 78, i])
-                prompt = caption(rng, str(rng.choice(MIXED))).prompt
-                f.write(f"{prompt}\n".encode())
+        prompts = []
+        for i in range(args.n):
+            rng = np.random.default_rng([args.seed, 78, i])
+            prompts.append(caption(rng, str(rng.choice(MIXED))).prompt)
+        write_lines(args.prompts, prompts)
     if args.sheet:
-        drawn = scenes(40)
-        rows = [("scenes of the shapes world", torch.from_numpy(drawn.img))]
-        sheet(rows, args.sheet, columns=10, words=drawn.prompts)
+        img, prompts, _ = scenes(40)
+        strip = ("scenes of the shapes world", img)
+        sheet([strip], args.sheet, columns=10, words=prompts)
 
 
 if __name__ == "__main__":
-    ap = argparse.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--accuracy", action="store_true",
-                    help="score fresh renderings by the reader")
-    ap.add_argument("--reward_accuracy", action="store_true",
-                    help="how often the rewards prefer the right caption, by what is wrong")
-    ap.add_argument("--alike", nargs="+", metavar="CKPT", default=(),
-                    help="share of tokens that agree in two pictures of a prompt, of students "
-                         "(checkpoints or weights), or of: teacher")
-    ap.add_argument("--sheet", metavar="PATH", help="write a picture of 40 scenes")
-    ap.add_argument("--prompts", metavar="PATH", help="write --n captions, one per line")
-    ap.add_argument("--n", type=positive_int, default=40_000,
-                    help="how many captions to write (%(default)s)")
-    ap.add_argument("--seed", type=nonnegative_int, default=0,
-                    help="seed of the captions that are written")
+    ap = parser(__doc__)
+    add = ap.add_argument
+    add("--accuracy", action="store_true", help="score fresh renderings by the reader")
+    add("--reward_accuracy", action="store_true",
+        help="how often the rewards prefer the right caption, by what is wrong")
+    add("--alike", nargs="+", metavar="CKPT", default=(),
+        help="share of tokens that agree in two pictures of a prompt, of students "
+             "(checkpoints or weights), or of: teacher")
+    add("--sheet", metavar="PATH", help="write a picture of 40 scenes")
+    add("--prompts", metavar="PATH", help="write --n captions, one per line")
+    add("--n", type=positive_int, default=40_000, help="how many captions to write (%(default)s)")
+    add("--seed", type=nonnegative_int, default=0, help="seed of the captions that are written")
     guard(lambda: main(ap.parse_args()))

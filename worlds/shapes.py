@@ -23,6 +23,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -31,11 +32,13 @@ from metrics.geneval import TASKS
 
 SIZE, FINE = 32, 8                       # pixels per side; drawn FINE times larger, then reduced
 CELL = 4                                 # pixels: all sides, places and gaps are multiples of it
-SHAPES = ("circle", "square", "triangle", "ring", "cross")
+SHAPES = "circle square triangle ring cross".split()
+PLURALS = "circles squares triangles rings crosses".split()
+NUMBERS = "two three four".split()
 HUES = {"red": 0, "orange": 30,          # degrees
         "yellow": 58, "green": 125,
         "blue": 222, "purple": 285}
-COLORS = tuple(HUES)
+COLORS = list(HUES)
 GRAYS = (70, 100, 130, 160, 190)         # of the ground
 SHADES = (0.8, 1.0)                      # of a shape: its value in HSV
 SIDES = {1: [3, 4],                      # of each of n objects, in cells
@@ -45,12 +48,10 @@ RELATIONS = {"left of": (-1, 0),
              "right of": (1, 0),
              "above": (0, -1),
              "below": (0, 1)}
-NUMBERS = ("two", "three", "four")
-PLURALS = ("circles", "squares", "triangles", "rings", "crosses")
 MIXED = (*TASKS, "mixture", "mixture")   # what to train on
-KINDS = (tuple(RELATIONS), COLORS,       # of words that a caption can be wrong in
+KINDS = (list(RELATIONS), COLORS,        # of words that a caption can be wrong in
          SHAPES, PLURALS, NUMBERS)
-WORDS = (*"a an and of left right above below".split(), *sum(KINDS[1:], ()))
+WORDS = "a an and of left right above below".split() + sum(KINDS[1:], [])
 
 
 # -------------------------------------------------------------------------------- captions
@@ -69,58 +70,42 @@ def phrase(noun, color):
     return f"{color} {noun}" if color else noun
 
 
-def clause(shape, color, **more):
+def clause(shape, color, count=1, **more):
     """What GenEval demands of a picture."""
     colored = {"color": color} if color else {}
-    return {"class": shape, "count": 1, **colored, **more}
-
-
-def listed(task, *objects):
-    """A ring and a square."""
-    prompt = " and ".join(article(phrase(*thing)) for thing in objects)
-    include = [clause(*thing) for thing in objects]
-    return Caption(prompt, {"tag": task, "include": include, "prompt": prompt}, objects)
-
-
-def counted(task, shape, color, n):
-    """Three rings."""
-    prompt = f"{NUMBERS[n - 2]} {phrase(PLURALS[SHAPES.index(shape)], color)}"
-    metadata = {"tag": task,
-                "include": [clause(shape, color, count=n)],
-                "exclude": [clause(shape, None, count=n + 1)],
-                "prompt": prompt}
-    return Caption(prompt, metadata, n * [(shape, color)])
-
-
-def placed(task, thing, relation, target):
-    """A ring left of a square. As in GenEval the target comes first, then what is placed."""
-    prompt = f"{article(phrase(*thing))} {relation} {article(phrase(*target))}"
-    include = [clause(*target), clause(*thing, position=[relation, 0])]
-    metadata = {"tag": task, "include": include, "prompt": prompt}
-    return Caption(prompt, metadata, [target, thing], relation)
+    return {"class": shape, "count": count} | colored | more
 
 
 def caption(rng, task):
     """A random Caption of one of GenEval's six tasks, or of task "mixture"."""
     shapes = rng.choice(SHAPES, 2, replace=False).tolist()
     colors = rng.choice(COLORS, 2, replace=False).tolist()
-    relation = str(rng.choice(list(RELATIONS)))
+    relation = str(rng.choice(KINDS[0]))
     n = int(rng.integers(2, 5))
-    mixed = ("position", "counting")[rng.integers(2)]
-    colored = task in ("colors", "color_attr", "mixture")
-    if not colored:
+    form = ("position", "counting")[rng.integers(2)]
+    if task != "mixture":
+        form = task
+    if task not in ("colors", "color_attr", "mixture"):
         colors = [None, None]
     first, second = zip(shapes, colors)
 
-    form = mixed if task == "mixture" else task
-    if form in ("single_object", "colors"):
-        return listed(task, first)
-    if form in ("two_object", "color_attr"):
-        return listed(task, first, second)
-    if form == "counting":
-        return counted(task, *first, n)
-    assert form == "position", f"unknown task {task!r}"
-    return placed(task, first, relation, second)
+    metadata = {"tag": task}
+    if form == "counting":                                                   # three rings
+        objects = n * [first]
+        prompt = f"{NUMBERS[n - 2]} {phrase(PLURALS[SHAPES.index(shapes[0])], colors[0])}"
+        metadata["include"] = [clause(*first, n)]
+        metadata["exclude"] = [clause(shapes[0], None, n + 1)]
+    elif form == "position":             # a ring left of a square: in GenEval the target is first
+        objects = [second, first]
+        prompt = f"{article(phrase(*first))} {relation} {article(phrase(*second))}"
+        metadata["include"] = [clause(*second), clause(*first, position=[relation, 0])]
+    else:                                                                    # a ring and a square
+        assert form in TASKS, f"unknown task {task!r}"
+        objects = [first, second] if form in ("two_object", "color_attr") else [first]
+        prompt = " and ".join(article(phrase(*thing)) for thing in objects)
+        metadata["include"] = [clause(*thing) for thing in objects]
+    metadata["prompt"] = prompt
+    return Caption(prompt, metadata, objects, relation if form == "position" else None)
 
 
 def astray(rng, prompt):
@@ -128,21 +113,19 @@ def astray(rng, prompt):
 
     One word is another of its kind, or two have changed places.
     """
-    said = [[w for w in kind if re.search(rf"\b{w}\b", prompt)] for kind in KINDS]
+    said = [[w for w in kind if f" {w} " in f" {prompt} "] for kind in KINDS]
     relations, colors, shapes = said[:3]
-    swappable = []                       # pairs of words whose order matters
-    if relations or len(colors) == 2:
-        swappable = [words for words in (colors, shapes)
-                     if len(words) == 2]
-    if swappable and rng.random() < 0.4:
-        u, v = swappable[rng.integers(len(swappable))]
+    order_matters = relations or len(colors) == 2
+    pairs = [words for words in (colors, shapes) if len(words) == 2]
+    if order_matters and pairs and rng.random() < 0.4:
+        u, v = pairs[rng.integers(len(pairs))]
         change = {u: v, v: u}
     else:
         k = rng.choice([k for k, words in enumerate(said) if words])
         if relations and rng.random() < 0.5:           # places are hardest to learn
             k = 0
-        old = str(rng.choice(said[k]))
-        change = {old: str(rng.choice([w for w in KINDS[k] if w not in said[k]]))}
+        others = [w for w in KINDS[k] if w not in said[k]]
+        change = {rng.choice(said[k]): rng.choice(others)}
     prompt = re.sub(rf"\b({'|'.join(change)})\b", lambda found: change[found[0]], prompt)
     return re.sub(r"\ban? (\w+)", lambda found: article(found[1]), prompt)
 
@@ -158,34 +141,34 @@ def gap(a, b):
     return abs(offset(a, b)).max() - (a[2] + b[2]) / 2
 
 
-def stands(a, b, direction):
-    """Is box a in a direction (x, y) of box b, clearly so and not diagonally?"""
+def stands(a, b, relation):
+    """Does box a, which does not overlap b, stand so to it, clearly and not diagonally?"""
+    direction = RELATIONS[relation]
     along = offset(a, b) @ direction
     across = offset(a, b) @ direction[::-1]
-    return along >= (a[2] + b[2]) / 2 and along > 1.5 * abs(across)
+    return along > 1.5 * abs(across)
 
 
-def place(rng, n, relation=None, touching=False):
+def place(rng, n, relation, touching):
     """Boxes (x, y, side) of n objects in pixels, (n, 3); box 1 stands in `relation` to box 0.
 
     They are a cell or more apart. All are multiples of CELL, the patch of a token, so that a shape
     is one of few sets of tokens: a teacher learns to draw it in minutes.
     touching: each touches one before it, so that a detector sees fewer objects.
     """
-    boxes, tries = [], 0
-    while len(boxes) < n:
-        if tries == 60:                                                      # there is no room left
-            boxes, tries = [], 0
-        tries += 1
-        side = int(rng.choice(SIDES[n]))
-        corner = rng.integers(0, SIZE // CELL - side + 1, 2)
-        box = np.append(corner, side)
-        nearest = min((gap(box, other) for other in boxes), default=None)
-        if nearest is None or (nearest == 0 if touching else nearest >= 1):
-            boxes.append(box)
-        if relation and len(boxes) == n and not stands(boxes[1], boxes[0], RELATIONS[relation]):
-            boxes, tries = [], 0
-    return CELL * np.array(boxes)
+    while True:
+        boxes = []
+        for _ in range(60):                                                  # or there is no room
+            if len(boxes) == n:
+                break
+            side = int(rng.choice(SIDES[n]))
+            corner = rng.integers(0, SIZE // CELL - side + 1, 2)
+            box = np.append(corner, side)
+            gaps = [gap(box, other) for other in boxes]
+            if not gaps or (min(gaps) == 0 if touching else min(gaps) >= 1):
+                boxes.append(box)
+        if len(boxes) == n and (not relation or stands(boxes[1], boxes[0], relation)):
+            return CELL * np.array(boxes)
 
 
 def draw_shape(draw, shape, box, fill):
@@ -201,25 +184,24 @@ def draw_shape(draw, shape, box, fill):
         draw.rectangle(whole, fill)
     elif shape == "triangle":
         draw.polygon((x, bottom, right, bottom, x + side / 2, y), fill)
-    elif shape == "cross":
-        draw.rectangle((x + 0.33 * side, y, x + 0.67 * side, bottom), fill)
-        draw.rectangle((x, y + 0.33 * side, right, y + 0.67 * side), fill)
+    else:                                                                    # a cross
+        low, high = 0.33 * side, 0.67 * side
+        draw.rectangle((x + low, y, x + high, bottom), fill)
+        draw.rectangle((x, y + low, right, y + high), fill)
 
 
 def render(rng, objects, relation=None, touching=False):
     """A picture (SIZE, SIZE, 3), uint8, of objects [(shape, color or None for any), ...]."""
     flat, ramp = np.zeros(1), np.linspace(-20, 20, SIZE)[:, None]            # (SIZE, 1): by column
-    gray = int(rng.choice(GRAYS))
     slopes = (flat, ramp, -ramp, ramp[:, None], -ramp[:, None])
-    ground = gray + slopes[rng.integers(5)]
+    ground = rng.choice(GRAYS) + slopes[rng.integers(5)]
 
     side = SIZE * FINE
     canvas = Image.new("RGBA", (side, side))                                 # transparent
     draw = ImageDraw.Draw(canvas)
     for (shape, color), box in zip(objects, place(rng, len(objects), relation, touching)):
-        hue = HUES[color or str(rng.choice(COLORS))] / 360
-        rgb = colorsys.hsv_to_rgb(hue, 0.9, rng.choice(SHADES))
-        draw_shape(draw, shape, box, (*(round(255 * v) for v in rgb), 255))
+        hue, shade = HUES[color or rng.choice(COLORS)], rng.choice(SHADES)
+        draw_shape(draw, shape, box, f"hsv({hue}, 90%, {shade:.0%})")
     fine = np.asarray(canvas, np.float32).reshape(SIZE, FINE, SIZE, FINE, 4)
     pixels = fine.mean((1, 3))                                               # (SIZE, SIZE, 4)
     ink, alpha = pixels[..., :3], pixels[..., 3:] / 255
@@ -227,7 +209,7 @@ def render(rng, objects, relation=None, touching=False):
 
 
 class Scenes(NamedTuple):
-    img: np.ndarray                      # uint8 (n, 3, SIZE, SIZE)
+    img: torch.Tensor                    # uint8 (n, 3, SIZE, SIZE)
     prompts: list
     metas: list
 
@@ -238,27 +220,27 @@ def scenes(n, seed=0, tasks=MIXED, touching=False, again=0):
     touching changes the pictures only, and so does another number `again`: it draws the same
     captions anew.
     """
-    drawn = Scenes(np.empty((n, 3, SIZE, SIZE), np.uint8), [], [])
+    drawn = Scenes(torch.empty(n, 3, SIZE, SIZE, dtype=torch.uint8), [], [])
     for i in range(n):
         rng = np.random.default_rng([seed, i])
         prompt, metadata, objects, relation = caption(rng, str(rng.choice(tasks)))
         if again:
             rng = np.random.default_rng([seed, i, again])
-        drawn.img[i] = render(rng, objects, relation, touching).transpose(2, 0, 1)
+        img = torch.from_numpy(render(rng, objects, relation, touching))
+        drawn.img[i] = img.permute(2, 0, 1)
         drawn.prompts.append(prompt)
         drawn.metas.append(metadata)
     return drawn
 
 
-def benchmark(n, seed=0):
+def benchmark(n, seed):
     """(prompts, metadata) of n prompts, GenEval's six tasks in turn.
 
     Each depends on the seed and its place alone.
     """
-    drawn = [caption(np.random.default_rng([seed, 77, i]), TASKS[i % len(TASKS)])
+    metas = [caption(np.random.default_rng([seed, 77, i]), TASKS[i % 6]).metadata
              for i in range(n)]
-    prompts = [said.prompt for said in drawn]
-    return prompts, [said.metadata for said in drawn]
+    return [metadata["prompt"] for metadata in metas], metas
 
 
 # ------------------------------------------------------------------------------- the reader
@@ -283,8 +265,7 @@ def read(img):
         full = np.quantile(chroma[part], 0.75)
         cover = np.clip((chroma - 15) / (full - 15), 0, 1)
         cover *= ndimage.maximum_filter(part, 3)                             # with its rim
-        rows, columns = ndimage.find_objects(part.astype(int))[0]
-        box = (columns.start, rows.start, columns.stop, rows.stop)
+        box = Image.fromarray(part).getbbox()
         found.append((shape_of(cover, part), color, box))
     return found
 
