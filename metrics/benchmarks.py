@@ -136,7 +136,8 @@ def read_hps(folder):
         path = f"{folder}/{style}.json"
         with explain(
             f"cannot read {path} ({{}}): expected HPDv2's folder `benchmark`, "
-            "with anime.json, concept-art.json, paintings.json, photo.json"
+            "with anime.json, concept-art.json, paintings.json, photo.json",
+            OSError, ValueError, TypeError,
         ):
             lines = json.loads(Path(path).read_text("utf-8"))
             kinds = [type(line) for line in lines]

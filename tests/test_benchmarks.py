@@ -750,7 +750,7 @@ CLIP_OF = "--benchmark clip --metadata {0}/ok.txt"
     ("--benchmark hps --metadata {0}/short",
      "short/anime.json .*: expected 800 strings, got 2 entries"),
     ("--benchmark clip --metadata {0}/gap.txt",
-     "gap.txt: a line amid it is empty; expected a caption on each"),
+     "gap.txt: there is an empty line in it; expected a caption on every line"),
     ("--benchmark clip --metadata {0}/empty.txt", "--metadata .*empty.txt: no prompt in it"),
     # who draws, and who scores
     (CLIP_OF + " --teacher maskbit-tiny", "draws prompts, and maskbit-tiny draws classes"),
