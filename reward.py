@@ -58,9 +58,9 @@ def weighted(scores, weights):
 
 def clip_each(g, limit, eps=0.0):
     """Scale the gradient of each image in g (B, ...) down to a norm of at most `limit`."""
-    flat = g.flatten(1)
-    factor = (limit / (flat.norm(dim=1) + eps)).clamp(max=1)                                  # (B,)
-    return (flat * factor[:, None]).view_as(g)
+    norm = g.flatten(1).norm(dim=1)                                                           # (B,)
+    factor = (limit / (norm + eps)).clamp(max=1)
+    return torch.vmap(torch.mul)(g, factor)
 
 
 def reward_grad(z, tokenizer, cond, rewards, prompts, weights, tau=1.0, chunk=1, clip=None):
