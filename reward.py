@@ -35,7 +35,7 @@ hacking, and nothing else.
 
 import argparse
 import functools
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -53,17 +53,14 @@ from soft_embed import soft_embed
 # --------------------------------------------------------------------------- Eq. 9 and its gradient
 def weighted(scores, weights):
     """sum_i lambda_i R_i, (B,), of scores {name: (B,)}. Scores without weight are only shown."""
-    for name in weights:
-        if name not in scores:
-            raise UserError(f"no reward {name!r} among those loaded: {', '.join(scores)}")
     return sum(weight * scores[name] for name, weight in weights.items())
 
 
 def clip_each(g, limit, eps=0.0):
     """Scale the gradient of each image in g (B, ...) down to a norm of at most `limit`."""
-    flat = g.flatten(1)
-    factor = (limit / (flat.norm(dim=1) + eps)).clamp(max=1)                                  # (B,)
-    return (flat * factor[:, None]).view_as(g)
+    norm = g.flatten(1).norm(dim=1)                                                           # (B,)
+    factor = (limit / (norm + eps)).clamp(max=1)
+    return torch.vmap(torch.mul)(g, factor)
 
 
 def reward_grad(z, tokenizer, cond, rewards, prompts, weights, tau=1.0, chunk=1, clip=None):
@@ -91,31 +88,24 @@ def reward_grad(z, tokenizer, cond, rewards, prompts, weights, tau=1.0, chunk=1,
             g = clip_each(g, clip)
         grads.append(g / len(z))
         seen.append(torch.stack(list(scores.values())).detach())                      # (rewards, b)
-    means = torch.cat(seen, 1).mean(1)
-    return torch.cat(grads), dict(zip(scores, means))
+    return torch.cat(grads), dict(zip(scores, torch.cat(seen, 1).mean(1)))
 
 
 # ------------------------------------------------------------------------------ the mix of rewards
-class Published(NamedTuple):
-    repo: str                   # on the Hugging Face hub
-    file: str
-    offset: float = 0.0         # ReNO minimizes offset - R
-
-
-REWARDS = {
-    "clip": Published(
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin", 100.0
-    ),
-    "hps": Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", 1.0),
-    "pickscore": Published("yuvalkirstain/PickScore_v1", "model.safetensors", 30.0),
-    "imagereward": Published("THUDM/ImageReward", "ImageReward.pt", 2.0),
+REWARDS = {  # {name: (repository on the Hugging Face hub, file)}
+    "clip": ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
+    "hps": ("xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "pickscore": ("yuvalkirstain/PickScore_v1", "model.safetensors"),
+    "imagereward": ("THUDM/ImageReward", "ImageReward.pt"),
 }
 MEASURING_CLIPS = {  # they never teach: the CLIP score's, and the judge of colors in GenEval
-    "clip_g": Published("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.bin"),
-    "clip_l": Published("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors"),
+    "clip_g": ("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", "open_clip_pytorch_model.bin"),
+    "clip_l": ("timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors"),
 }
+VOCAB = ("google-bert/bert-base-uncased", "vocab.txt")                           # imagereward's
 SEED = {"imagereward": 1.0, "clip": 0.2}                                                # Tab. 5, 9
 RENO = {"hps": 5.0, "imagereward": 1.0, "clip": 0.01, "pickscore": 0.05}      # test time (Sec. 4.3)
+OFFSETS = {"hps": 1.0, "imagereward": 2.0, "clip": 100.0, "pickscore": 30.0}   # ReNO's offset - R
 
 
 def mix(text):
@@ -123,12 +113,10 @@ def mix(text):
     try:
         pairs = [part.split("=") for part in text.split(",")]
         weights = {name: float(weight) for name, weight in pairs}
-        check_names(weights)
     except ValueError:
         raise argparse.ArgumentTypeError("expected NAME=W,NAME=W, as in clip=0.2,imagereward=1, "
                                          f"got {text!r}")
-    except UserError as err:
-        raise argparse.ArgumentTypeError(err)
+    check_names(weights)
     return weights
 
 
@@ -140,24 +128,29 @@ def check_names(names):
 
 def reno_loss(scores, weights=RENO):
     """sum_i lambda_i (offset_i - R_i), (B,): what test-time optimization descends."""
-    offset = sum(weight * REWARDS[name].offset for name, weight in weights.items())
-    return offset - weighted(scores, weights)
+    return weighted(OFFSETS, weights) - weighted(scores, weights)
 
 
 # -------------------------------------------------------------------------- the judges, and loading
+MATRICES = nn.Linear, nn.Conv2d, nn.Embedding, nn.MultiheadAttention
+
+
 class Rewards(nn.Module):
     """Frozen rewards side by side: images and as many prompts -> {name: (B,)}.
 
-    Gradients flow to the pixels alone. bf16: matrices are bfloat16, multiplied under autocast;
-    LayerNorms, cosines and ImageReward's head are float32. checkpointing: the backward pass
-    computes each reward anew, and holds one at a time in memory.
+    Gradients flow to the pixels alone. With dtype=torch.bfloat16 matrices and tables are in it, and
+    are multiplied under autocast; LayerNorms, cosines and ImageReward's head stay float32.
+    checkpointing: the backward pass computes each reward anew, and holds one at a time in memory.
     """
 
-    def __init__(self, models, bf16, checkpointing):
+    def __init__(self, models, dtype, checkpointing):
         super().__init__()
         self.models = nn.ModuleDict(models)
-        self.bf16, self.checkpointing = bf16, checkpointing
+        self.bf16, self.checkpointing = dtype == torch.bfloat16, checkpointing
         self.eval().requires_grad_(False)
+        for name, part in self.named_modules():
+            if self.bf16 and isinstance(part, MATRICES) and "head" not in name:
+                part.bfloat16()
 
     def forward(self, img, prompts):
         """Pixels (B, 3 or 1, H, W) in [0, 1], any size, and B prompts -> scores, float32."""
@@ -195,81 +188,55 @@ def load_model(name, make, path=None, random_weights=False):
 
     Random weights are the same every time, and leave the caller's random stream alone.
     """
-    if random_weights:
+    if random_weights and not path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return make()
     with torch.device("meta"):                                # no time lost on initial values
         model = make()
-    repo, file, _ = (REWARDS | MEASURING_CLIPS)[name]
-    path = path or fetch(repo, file, f"--{name}_weights")
+    path = path or fetch(*(REWARDS | MEASURING_CLIPS)[name], f"--{name}_weights")
     return load_state(model.to_empty(device="cpu"), read_weights(local(path)), path)
-
-
-VOCAB = ("google-bert/bert-base-uncased", "vocab.txt")
 
 
 def make_imagereward(vocab, sizes):
     """ImageReward with its tokenizer, whose vocabulary must be the one that it was trained with."""
-    model = ImageReward(wordpiece=WordPiece(vocab and local(vocab)), **sizes)
-    pieces, expected = len(model.wordpiece.ids), model.words.num_embeddings - 2    # BLIP adds two
-    if vocab and pieces != expected:
-        raise UserError(f"{vocab} has {pieces} pieces, expected {expected}: "
+    wordpiece = WordPiece(vocab and local(vocab))
+    model = ImageReward(wordpiece=wordpiece, **sizes)
+    expected = model.words.num_embeddings - 2                                      # BLIP adds two
+    if vocab and len(wordpiece.ids) != expected:
+        raise UserError(f"{vocab} has {len(wordpiece.ids)} pieces, expected {expected}: "
                         "is it the vocabulary of bert-base-uncased?")
     return model
 
 
-def load_rewards(names, paths={}, device="cpu", dtype=None, vocab=None, random_weights=False,
-                 configs={}, clip_scaled=True, checkpointing=False):
-    """The frozen rewards called `names`: Rewards.
+def rewards_for(spec, names, paths={}, random_weights=False, vocab=None, configs={}, device="cpu",
+                dtype=None, clip_scaled=True, checkpointing=False):
+    """The frozen rewards called `names`: a tiny world's own where its spec has any, else the hub's.
 
-    Weights come from paths[name], else from the hub; random_weights needs no file. configs[name]:
-    other sizes, as ClipReward's config or ImageReward's arguments. dtype: torch.bfloat16 halves the
-    memory, to 2.9 GB for SEED's two. vocab: BERT's, a file.
+    Weights come from paths[name], else they are the shipped or published ones, or random ones where
+    random_weights is set and nothing is shipped. vocab: BERT's, a file. configs[name]: other sizes,
+    as ClipReward's config or ImageReward's arguments. dtype: torch.bfloat16 halves the memory, to
+    2.9 GB for SEED's two.
     # choice: clip is s cos, or with clip_scaled=False cos; the paper does not say.
     """
-    check_names((*names, *paths, *configs))
-    if not names or dtype not in (None, torch.float32, torch.bfloat16):
-        raise UserError("expected names of rewards, in float32 or bfloat16; "
-                        f"got {list(names)}, {dtype}")
+    check_names(names)
+    vocab = vocab or spec.bert_vocab
     if "imagereward" in names and not (vocab or random_weights):
         vocab = fetch(*VOCAB, "--bert_vocab")
-    bf16 = dtype == torch.bfloat16
     models = {}
     for name in names:
-        make = functools.partial(ClipReward, configs.get(name, CLIP_H), name)
+        shipped, sizes = spec.rewards.get(name, (None, configs.get(name)))
+        make = functools.partial(ClipReward, sizes or CLIP_H, name)
         if name == "imagereward":
-            make = functools.partial(make_imagereward, vocab, configs.get(name, {}))
-        model = load_model(name, make, paths.get(name), random_weights)
+            make = functools.partial(make_imagereward, vocab, sizes or {})
+        models[name] = load_model(name, make, paths.get(name) or shipped, random_weights)
         if name == "clip":
-            model.scaled = clip_scaled
-        if bf16:
-            halve(model)
-        models[name] = model.to(device)
-    return Rewards(models, bf16, checkpointing)
+            models[name].scaled = clip_scaled
+    return Rewards(models, dtype, checkpointing).to(device)
 
 
-def halve(model):
-    """Make matrices and tables bfloat16, but for ImageReward's head."""
-    for name, part in model.named_modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)):
-            if "head" not in name:
-                part.to(torch.bfloat16)
-
-
-def rewards_for(spec, weights, paths={}, random_weights=False, vocab=None, **kwargs):
-    """The rewards named in `weights`: a tiny world's own where its spec has any, else the hub's.
-
-    Where a path is None, the shipped or published file is read. kwargs are those of `load_rewards`.
-    """
-    paths, configs = dict(paths), {}
-    for name, (shipped, config) in spec.rewards.items():
-        paths[name] = paths.get(name) or shipped
-        configs[name] = config
-    if configs.keys() & weights:
-        random_weights = False            # a tiny world's rewards ship with it
-    return load_rewards(list(weights), paths, vocab=vocab or spec.bert_vocab, configs=configs,
-                        random_weights=random_weights, **kwargs)
+# The published rewards, whatever the world.
+load_rewards = functools.partial(rewards_for, SimpleNamespace(rewards={}, bert_vocab=None))
 
 
 # ---------------------------------------------------------------------------------------- the demo

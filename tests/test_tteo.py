@@ -29,13 +29,13 @@ class Redness(torch.nn.Module):
         return {"clip": 10 * (2 * img[:, 0] - img[:, 1] - img[:, 2]).mean((1, 2))}
 
 
-def redness(names, paths={}, **_):
+def redness(spec, names, *files, **settings):
     return Redness()
 
 
 def run_script(monkeypatch, *argv, load=redness):
-    """tteo.py as a script, in this process, with `load` for load_rewards: its exit code."""
-    monkeypatch.setattr(reward, "load_rewards", load)
+    """tteo.py as a script, in this process, with `load` for rewards_for: its exit code."""
+    monkeypatch.setattr(reward, "rewards_for", load)
     monkeypatch.setattr(sys, "argv", ["tteo.py", "--device", "cpu", *map(str, argv)])
     try:
         runpy.run_path(f"{ROOT}/tteo.py", run_name="__main__")
@@ -70,15 +70,16 @@ def test_the_command_line_draws_tells_and_records(monkeypatch, tmp_path, capsys)
 
 
 def test_the_command_line_climbs_real_rewards(monkeypatch, tmp_path):
-    def load(names, paths, configs, **settings):
+    def load(spec, names, *files, **settings):
         tiny = dict(
             embed_dim=16,
             vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8),
             text_cfg=dict(context_length=16, vocab_size=512, width=32, heads=2, layers=1),
         )
-        return load_rewards(names, configs={"hps": tiny, "pickscore": tiny}, **settings)
+        configs = {"hps": tiny, "pickscore": tiny}
+        return rewards_for(spec, names, *files, configs=configs, **settings)
 
-    load_rewards = reward.load_rewards
+    rewards_for = reward.rewards_for
     assert run_script(monkeypatch, "--teacher", "meissonic-tiny", "--random_weights",
                       *PROMPT, "--rewards", "hps", "pickscore", "--starts", 2, "--iterations", 2,
                       "--regularize", 0.01, "--clip", 0.1, "--chunk", 1, "--out", tmp_path,
@@ -98,7 +99,7 @@ def test_a_benchmark_compares_one_start_tteo_and_best_of_n_by_reward_geneval_and
         monkeypatch, tmp_path, capsys):
     code = run_script(monkeypatch, "--teacher", "meissonic-tiny", "--random_weights",
                       "--benchmark", 12, "--starts", 2, "--iterations", 3, "--lr", 50,
-                      "--out", tmp_path, load=reward.load_rewards)
+                      "--out", tmp_path, load=reward.rewards_for)
     assert code == 0 and "TTEO, 2 starts x 3" in capsys.readouterr().out
     one, best, more = rows = records(tmp_path)
     assert (one["model"], best["model"]) == ("1 start", "TTEO, 2 starts x 3")
