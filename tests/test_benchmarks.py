@@ -9,6 +9,7 @@ import os
 import sys
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn as nn
@@ -616,6 +617,7 @@ def parameters(module):
     (clip.CLIP_L, 427_616_513, 4096, "QuickGELU"),       # OpenAI's alone is quick
 ])
 def test_the_clips_that_measure_have_their_published_size(config, count, hidden, gelu):
+    config = open_clip.get_model_config(config)
     vision, text = config["vision_cfg"], config["text_cfg"]
     one_layer = {**config, "vision_cfg": {**vision, "layers": 1}, "text_cfg": {**text, "layers": 1}}
     with torch.device("meta"):

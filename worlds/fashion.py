@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tqdm import trange
 
 sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
-from data.tokens import (describe, encode, load_tokenizer, token_dtype,  # noqa: E402
+from data.tokens import (describe, encode, load_tokenizer,  # noqa: E402
                          write_folder, write_packed)
 from machinery.errors import UserError, explain, guard  # noqa: E402
 from machinery.files import ROOT, replacing  # noqa: E402
@@ -135,8 +135,9 @@ def main(args):
     tokenizer = load_tokenizer("maskbit-tiny", args.tokenizer_weights)
     meta = describe(tokenizer, "maskbit-tiny", "Fashion-MNIST, training set")
     meta |= {"n": len(img), "variants": 1, "complete": True}
-    parts = [encode(tokenizer, img[i : i + 500], 500) for i in trange(0, len(img), 500)]
-    tokens = np.concatenate(parts).astype(token_dtype(meta["V"]))            # (N, L, G)
+    pixels = torch.from_numpy(img)
+    parts = [encode(tokenizer, pixels[i : i + 500], 500) for i in trange(0, len(img), 500)]
+    tokens = np.concatenate(parts)                                           # (N, L, G)
     if args.pack:
         with replacing(args.pack) as f:
             write_packed(f, tokens=tokens, labels=labels, meta=json.dumps(meta))
