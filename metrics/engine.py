@@ -11,7 +11,6 @@ FashionNet in the tiny world, Inception, with the resize inside it, everywhere e
 """
 
 import math
-import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ def in_turn(conditions, n):
 
 
 @torch.no_grad()
-def scored(make_images, asked, score, width, batch, seed, desc, folder=None, every=1):
+def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folder=None, every=1):
     """Draw all images and score them: (scores (n, width) float64, facts), the same on every process.
 
     score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the speed
@@ -41,29 +40,28 @@ def scored(make_images, asked, score, width, batch, seed, desc, folder=None, eve
     if folder and is_main():
         save_images(folder, (), "png")
     barrier()                                         # the others write into the folder, too
-    exact = dict(dtype=torch.float64, device=asked.device)
-    scores = torch.zeros(math.ceil(len(asked) / every), width, **exact)
+    device = asked.device
+    scores = torch.zeros(len(asked[::every]), width, dtype=torch.float64, device=device)
     seconds, timed = Counter(), 0
     mine = range(rank(), math.ceil(len(asked) / batch), world_size())
     for i in tqdm(mine, desc, unit="batch", leave=False, disable=not (desc and is_main())):
         if i == rank() + world_size():                # the first batch only warmed everything up
-            seconds.clear()
-            timed = 0
+            seconds, timed = Counter(), 0
         part = slice(i * batch, (i + 1) * batch)
-        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
-        generator = torch.Generator(asked.device).manual_seed(own_seed)
+        own_seed = np.random.SeedSequence((seed, i)).generate_state(1).item()
+        generator = torch.Generator(device).manual_seed(own_seed)
         img = make_images(asked[part], generator=generator, seconds=seconds)
         timed += len(img)
         if folder:
             for n, pixels in enumerate(img, part.start):
-                picture(pixels).save(os.path.join(folder, f"{n:05d}.png"))
-        with torch.autocast(asked.device.type, enabled=False):
+                picture(pixels).save(f"{folder}/{n:05d}.png")
+        with torch.autocast(device.type, enabled=False):
             kept = score(part, img)[-part.start % every :: every]
         start = math.ceil(part.start / every)
         scores[start : start + len(kept)] = kept.to(scores)
 
     rates = [timed / (s or math.inf) for s in (seconds.total(), seconds["tokens"])]
-    images, tokens = all_reduce(torch.tensor(rates, **exact)).tolist()
+    images, tokens = all_reduce(scores.new_tensor(rates)).tolist()
     facts = {
         "seed": seed, "batch": batch, "images/s": images or None,
         "tokens_only/s": tokens or None, "processes": world_size(),
@@ -122,16 +120,15 @@ class Extracted(NamedTuple):
     facts: dict                   # seed, batch and speed, for the row of results
 
 
-def extracted(make_images, asked, extractor, shift=0.0, batch=250, seed=0, desc=None, folder=None,
-              every=1):
-    """The Extracted of all images; `every` thins features and logits, not mu and sigma."""
+def extracted(make_images, asked, extractor, shift=0.0, batch=250, seed=0, **how):
+    """The Extracted of all images; how: see `scored`, whose `every` thins features and logits."""
     moments = Moments(extractor.dim, shift, asked.device)
+    widths = extractor.dim, extractor.classes
 
     def score(part, img):
         features, logits = extract(extractor, img)
         moments.add(features)
         return torch.cat([features, logits], 1)
 
-    widths = extractor.dim, extractor.classes
-    both, facts = scored(make_images, asked, score, sum(widths), batch, seed, desc, folder, every)
+    both, facts = scored(make_images, asked, score, sum(widths), batch, seed, **how)
     return Extracted(*both.split(widths, 1), *moments.result(), facts)

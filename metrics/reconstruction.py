@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from data.images import folder_images
+from data.images import folder_images, text_beside
 from data.prompts import read_prompts
 from machinery.files import fingerprint
 from machinery.processes import gather
@@ -25,9 +25,9 @@ class Source(NamedTuple):
 
     name: str
     n: int
-    read: Callable                # read(i (b,), on the CPU) -> uint8 images (C, H, W)
-    captions: torch.Tensor | None = None          # rows of teacher.conditions, for decoders that listen
+    read: Callable                # read(i (b,)) -> uint8 images (C, H, W)
     complain: Callable | None = None              # raises where some could not be read
+    captions: torch.Tensor | None = None          # rows of teacher.conditions, for decoders that listen
 
 
 def folder_source(folder, teacher):
@@ -38,10 +38,10 @@ def folder_source(folder, teacher):
     names, make, complain = folder_images(folder, "--real", teacher.spec.image)
     captions = None
     if teacher.text:
-        paths = [os.path.splitext(name)[0] + ".txt" for name in names]
+        paths = map(text_beside, names)
         captions = teacher.conditions([read_prompts(path)[0] if os.path.exists(path) else ""
                                        for path in paths])
-    return Source(folder, len(names), make, captions, complain)
+    return Source(folder, len(names), make, complain, captions)
 
 
 def reconstruction(teacher, source, n, extractor, reference, batch, device):
@@ -54,7 +54,7 @@ def reconstruction(teacher, source, n, extractor, reference, batch, device):
     squares = []                                      # a sum of squared errors per batch
 
     def real(i, **_):
-        return torch.stack(list(source.read(i.cpu()))).to(device)
+        return torch.stack([*source.read(i)]).to(device)
 
     def rebuilt(i, **_):
         img = real(i)
@@ -65,11 +65,11 @@ def reconstruction(teacher, source, n, extractor, reference, batch, device):
         return back
 
     def row(model, make_images):
-        row = image_metrics(make_images, asked, extractor, reference, batch, desc=model)
+        metrics = image_metrics(make_images, asked, extractor, reference, batch, desc=model)
         if source.complain:
             source.complain()
-        return dict(model=model, kind="real", teacher=teacher.spec.name,
-                    tokenizer=fingerprint(teacher.tokenizer), **row)
+        return {"model": model, "kind": "real", "teacher": teacher.spec.name,
+                "tokenizer": fingerprint(teacher.tokenizer), **metrics}
 
     if reference:
         yield row(f"real {source.name}", real)
@@ -79,4 +79,4 @@ def reconstruction(teacher, source, n, extractor, reference, batch, device):
         reference = Reference(before.mu, before.sigma, before.features, name)
     found = row(f"{source.name} reconstructed", rebuilt)
     error = sum(gather(sum(squares))) / (len(asked) * math.prod(teacher.spec.image))
-    yield {**found, "psnr": 10 * math.log10(255**2 / error)}
+    yield found | {"psnr": 10 * math.log10(255**2 / error)}

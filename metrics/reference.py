@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.images import folder_images
-from machinery.errors import UserError
+from machinery.errors import UserError, explain
 from machinery.files import fingerprint, replacing
 from machinery.processes import is_main
 from metrics.benchmarks import RANDOM
@@ -40,14 +40,11 @@ def load_reference(path, dim, device="cpu", made=None):
 
     made: how its images should have been prepared; a file of --save_reference says how they were.
     """
-    try:
-        with np.load(path) as f:
-            mu, sigma = f["mu"].astype(np.float64), f["sigma"].astype(np.float64)
-            features = f.get("features")
-            was = str(f["made"]) if "made" in f else made
-    except Exception as err:                          # numpy raises a dozen kinds for other files
-        raise UserError(f"cannot read statistics from {path} ({err}): expected an .npz with mu and "
-                        "sigma")
+    sentence = f"cannot read statistics from {path} ({{}}): expected an .npz with mu and sigma"
+    with explain(sentence, Exception), np.load(path) as f:       # numpy raises a dozen kinds
+        mu, sigma = f["mu"].astype(np.float64), f["sigma"].astype(np.float64)
+        features = f.get("features")
+        was = str(f.get("made", made))
     width = dim if features is None else features.shape[-1]
     if (mu.shape, sigma.shape, width) != ((dim,), (dim, dim), dim):
         raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} and "
@@ -55,26 +52,36 @@ def load_reference(path, dim, device="cpu", made=None):
     if made and was != made:
         raise UserError(f"--reference {path} was made with {was}, and these flags say {made}: both "
                         "sides must agree")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    if not np.isfinite(mu.sum() + sigma.sum()):
         raise UserError(f"{path}: its mu or sigma is not finite")
     if features is not None:
         features = torch.from_numpy(features).float().to(device)
     return Reference(mu, sigma, features, f"{os.path.basename(path)} {fingerprint([mu, sigma])}")
 
 
-def npz_images(path):
-    """`arr_0` of an .npz: uint8 images (n, 3, H, W), or None.
+def with_neighbors(reference, path, args, net, device):
+    """The reference of a file; where it has no features, with those of its `arr_0`.
 
-    ADM's file has 10,000 of them; its mu and sigma are of the whole training set.
+    Those are images, uint8 (n, H, W, 3). ADM's file has 10,000 of them; its mu and sigma are of the
+    whole training set.
     """
+    if reference.features is not None or "prdc" not in (args.metrics or METRICS):
+        return reference
     with np.load(path) as f:
         img = f.get("arr_0")
     if img is None:
-        return None
+        if args.metrics:
+            raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor "
+                            "features: take --reference adm, or --real FOLDER")
+        return reference
     if img.dtype != np.uint8 or img.shape[3:] != (3,):
         raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, got "
                         f"{img.dtype} {img.shape}")
-    return torch.from_numpy(img).permute(0, 3, 1, 2)
+    img = torch.from_numpy(img).permute(0, 3, 1, 2)
+    real = extracted(lambda i, **_: img[i.cpu()], torch.arange(len(img), device=device), net,
+                     batch=args.batch or 64, desc="arr_0")
+    name = f"{reference.name}, neighbors: its {len(img):,} images"
+    return reference._replace(features=real.features, name=name)
 
 
 # --------------------------------------------------------------------------------- from a folder
@@ -117,26 +124,10 @@ def check_sides(args):
                         "add --real FOLDER")
 
 
-def with_neighbors(reference, path, metrics, extractor, device, batch):
-    """The reference of a file; where it has no features, with those of the images in it."""
-    if reference.features is not None or "prdc" not in (metrics or METRICS):
-        return reference
-    img = npz_images(path)
-    if img is not None:
-        real = extracted(lambda i, **_: img[i.cpu()], torch.arange(len(img), device=device),
-                         extractor, batch=batch, desc="arr_0")
-        name = f"{reference.name}, neighbors: its {len(img):,} images"
-        return reference._replace(features=real.features, name=name)
-    if metrics:
-        raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor "
-                        "features: take --reference adm, or --real FOLDER")
-    return reference
-
-
 def inception(args, mode, device):
     """Inception as the flags say, and what rows say of it."""
-    random = args.random_weights and not args.inception
     weights = args.inception or "plain"
+    random = args.random_weights and not args.inception
     net = load_inception(weights, mode, args.crop, device, random)
     net.facts = dict(resize=mode, crop="coco_crop to 256 px" if args.crop else None,
                      features="fp32", inception="random" if random else os.path.basename(weights))
@@ -152,19 +143,20 @@ def load_feature_space(args, device):
     real side, and the Reference is None.
     """
     check_sides(args)
-    if not (args.reference or args.real):
+    path, mode = args.reference, args.resize or RESIZES[0]
+    if not (path or args.real):
         return None
-    mode, batch = args.resize or RESIZES[0], args.batch or 64
     made = f"resize {mode}, {'coco_crop' if args.crop else 'no crop'}"
-    if args.reference:                                # first: it is read faster than Inception
-        path = download(ADM, None, "--reference") if args.reference == "adm" else args.reference
+    if path == "adm":
+        path = download(ADM, None, "--reference")
+    if path:
         reference = load_reference(path, Inception.dim, device, made)
-    net = inception(args, mode, device)
-    if args.reference:
-        return net, with_neighbors(reference, path, args.metrics, net, device, batch)
+    net = inception(args, mode, device)               # after the file, which is read faster
+    if path:
+        return net, with_neighbors(reference, path, args, net, device)
     if args.reconstruction:
         return net, None
-    reference = folder_reference(args.real, net, device, batch)
+    reference = folder_reference(args.real, net, device, args.batch or 64)
     if args.save_reference and is_main():
         with replacing(args.save_reference) as f:
             np.savez(f, mu=reference.mu, sigma=reference.sigma, made=made,
