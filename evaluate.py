@@ -43,11 +43,11 @@ Rows are appended to OUT/results.jsonl as they come; OUT/table.md, table.json an
 of all models, from the same starts) have what this command did.
 """
 
-import functools
 import json
 import os
 import re
 import time
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -108,7 +108,7 @@ def hashes(teacher):
 
 
 def models(args, device):
-    """One Model at a time: students at each temperature, then the teacher at each number of steps."""
+    """Students at each temperature, then the teacher at each number of steps, one at a time."""
     name, files = args.teacher, files_of(args)
     for path in args.ckpt:
         teacher, net, config = load_student(path, args.teacher, device, **files)
@@ -122,19 +122,19 @@ def models(args, device):
         facts = dict(model=f"student {path}", kind="student", weights=fingerprint(net), steps=1)
         for temperature in args.temperature or [settings["temperature"]]:
             how = {"temperature": temperature, **start}
-            draw = functools.partial(generate_student, teacher, net, **how)
+            draw = partial(generate_student, teacher, net, **how)
             yield Model(teacher, draw, facts | how, config)
 
     if not args.steps and (args.ckpt or args.reconstruction):
         return
     teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
-    usual = list(teacher.spec.sampling)[:1]
+    usual = [*teacher.spec.sampling][:1]
     if teacher.spec.record:                           # a tiny one, fast enough for several
         usual = [1, 2, 4, 8, 16]
     for steps in args.steps or usual:
         how = dict(steps=steps, order=args.order) | teacher.spec.settings(
             steps, guidance=args.guidance, temperature=args.teacher_temperature)
-        draw = functools.partial(generate_teacher, teacher, **how)
+        draw = partial(generate_teacher, teacher, **how)
         yield Model(teacher, draw, {"model": "teacher", "kind": "teacher", **how}, {})
 
 
@@ -157,7 +157,8 @@ def image_judge(args, teacher, space, folder, device):
     world_judge = None if extractor else load_judge(teacher, device)
     scored = extractor or world_judge
     if not scored and is_main():
-        print(f"{spec.name}: images are drawn and timed; FID needs --reference PATH or --real FOLDER")
+        print(f"{spec.name}: images are drawn and timed; FID needs --reference PATH or --real "
+              "FOLDER")
 
     prompts, labels = None, "each class in turn"
     if teacher.text:
@@ -169,8 +170,8 @@ def image_judge(args, teacher, space, folder, device):
     if n < 10 and scored:
         raise UserError(f"--n {n}: statistics need 10 images at least")
     if world_judge:
-        return Judge(functools.partial(world_judge, n=n), prompts, "the shapes benchmark")
-    score = functools.partial(
+        return Judge(partial(world_judge, n=n), prompts, "the shapes benchmark")
+    score = partial(
         image_metrics, asked=in_turn(teacher.conditions(prompts), n), extractor=extractor,
         reference=reference, metrics=args.metrics or METRICS, folder=folder)
     return Judge(score, prompts, labels)
@@ -185,8 +186,7 @@ def judges(args, model, space, benchmarks, device):
         yield image_judge(args, teacher, space, folder, device)
     for (task, benchmark), path in zip(benchmarks.items(), args.metadata):
         expect_text(teacher.spec, task)
-        score = functools.partial(run_benchmark, benchmark, teacher,
-                                  folder=f"{args.out}/{task}/{name}")
+        score = partial(run_benchmark, benchmark, teacher, folder=f"{args.out}/{task}/{name}")
         yield Judge(score, benchmark.prompts, path)
 
 
@@ -222,7 +222,8 @@ def drawn_rows(args, space, benchmarks, device):
             yield row
         shown = min(args.n or 10, 10 if spec.image[1] < 100 else 4)
         with autocast(device.type, args.bf16):
-            img = fixed_sample(model.make_images, teacher.conditions(judge.prompts), shown, args.seed)
+            conditions = teacher.conditions(judge.prompts)
+            img = fixed_sample(model.make_images, conditions, shown, args.seed)
         strips.append((model.caption, img))
     if strips and is_main():
         words = spread(judge.prompts, shown) if judge.prompts else None
@@ -260,6 +261,7 @@ def reconstruction_rows(args, space, device):
 
 
 def all_rows(args, space, benchmarks, device):
+    """The rows of a command, one at a time."""
     if args.geneval_folder:
         yield geneval_folder(args, device, load_detector)
     if args.fake:
@@ -346,7 +348,8 @@ def flags():
         help="which of the teacher's tokens are kept first: its surest, or places by a Halton "
              "sequence (default: %(default)s)")
 
-    add = ap.add_argument_group("FID by the Inception network: with --reference or --real").add_argument
+    add = ap.add_argument_group(
+        "FID by the Inception network: with --reference or --real").add_argument
     add("--reference", metavar="PATH",
         help="real side: .npz of mu and sigma (for prdc also arr_0, images, or features); adm "
              "fetches ADM's of ImageNet, and is its default with --metrics")

@@ -21,8 +21,8 @@ def picture(pixels):
 
 def save_images(folder, images, kind, **options):
     """Write uint8 images (C, H, W) as <folder>/00000.<kind>, ...; the folder must be new."""
-    with explain(f"cannot make the folder {folder} ({{}}): images go to a new one, since old images "
-                 "in it would be judged, too"):
+    with explain(f"cannot make the folder {folder} ({{}}): images go to a new one, since old "
+                 "images in it would be judged, too"):
         os.makedirs(folder)
     for n, img in enumerate(images):
         picture(img).save(f"{folder}/{n:05d}.{kind}", **options)

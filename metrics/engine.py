@@ -5,9 +5,10 @@ So the images, their order, and every number are the same on any number of proce
 depend on the size of a batch.)
 
 `asked` is what to draw: rows of teacher.conditions, one per image. `make_images` draws it:
-make_images(asked (b, ...), generator=, seconds=) -> uint8 images (b, C, H, W); bind everything else
-with functools.partial. An extractor maps images in [0, 1] to (features (b, dim), logits (b, classes)):
-FashionNet in the tiny world, Inception, with the resize inside it, everywhere else.
+make_images(asked (b, ...), generator=, seconds=) -> uint8 images (b, C, H, W); bind everything
+else with functools.partial. An extractor maps images in [0, 1] to (features (b, dim),
+logits (b, classes)): FashionNet in the tiny world, Inception, with the resize inside it, everywhere
+else.
 """
 
 import math
@@ -29,11 +30,12 @@ def in_turn(conditions, n):
 
 
 @torch.no_grad()
-def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folder=None, every=1):
+def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folder=None,
+           every=1):
     """Draw all images and score them: (scores (n, width) float64, facts), the same on every process.
 
-    score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the speed
-    of all processes together, in images per second, with and without the decoder.
+    score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the
+    speed of all processes together, in images per second, with and without the decoder.
     desc names the progress bar; without, there is none. folder: a new one, for the images as PNG.
     every: the scores of each `every`-th image alone are kept, in order to save memory.
     """
@@ -41,10 +43,12 @@ def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folde
         save_images(folder, (), "png")
     barrier()                                         # the others write into the folder, too
     device = asked.device
-    scores = torch.zeros(len(asked[::every]), width, dtype=torch.float64, device=device)
+    scores = torch.zeros(
+        len(asked[::every]), width, dtype=torch.float64, device=device)
     seconds, timed = Counter(), 0
     mine = range(rank(), math.ceil(len(asked) / batch), world_size())
-    for i in tqdm(mine, desc, unit="batch", leave=False, disable=not (desc and is_main())):
+    for i in tqdm(
+            mine, desc, unit="batch", leave=False, disable=not (desc and is_main())):
         if i == rank() + world_size():                # the first batch only warmed everything up
             seconds, timed = Counter(), 0
         part = slice(i * batch, (i + 1) * batch)
@@ -66,7 +70,7 @@ def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folde
         "seed": seed, "batch": batch, "images/s": images or None,
         "tokens_only/s": tokens or None, "processes": world_size(),
     }
-    return all_reduce(scores), facts                  # a row is zero but on the process that made it
+    return all_reduce(scores), facts         # a row is zero but on the process that made it
 
 
 # --------------------------------------------------------------------------------------- features
@@ -91,7 +95,8 @@ class Moments:
 
     def result(self):
         """mu (dim,) and the unbiased covariance (dim, dim) over all processes, float64 arrays."""
-        n, total, outer = (all_reduce(t.clone()) for t in (self.count, self.sum, self.outer))
+        sums = self.count, self.sum, self.outer
+        n, total, outer = (all_reduce(t.clone()) for t in sums)
         mean = total / n
         sigma = (outer - n * mean[:, None] * mean) / (n - 1)
         return (mean + self.shift).cpu().numpy(), sigma.cpu().numpy()
@@ -106,8 +111,8 @@ def extract(extractor, img):
     device = next(extractor.parameters()).device
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if isinstance(img, list):
-            return extractor([pixels.to(device).float() / 255 for pixels in img])
-        return extractor(img.to(device).float() / 255)
+            return extractor([pixels.to(device) / 255 for pixels in img])
+        return extractor(img.to(device) / 255)
 
 
 class Extracted(NamedTuple):

@@ -1,12 +1,12 @@
-"""FID and its relatives: every formula is a function, and `image_metrics` takes them all of a model.
+"""FID and its relatives: every formula is a function, `image_metrics` takes them all of a model.
 
-With mean mu and covariance S of the features of real (1) and generated (2) images, and p(y|x) what a
-classifier says of an image,
+With mean mu and covariance S of the features of real (1) and generated (2) images, and p(y|x) what
+a classifier says of an image,
 
-    fid              |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))      Heusel et al. 2017
-    inception_score  exp(mean KL(p(y|x) || p(y)))                               Salimans et al. 2016
-    prdc             precision and recall                                       Kynkaanniemi et al. 2019
-                     density and coverage                                       Naeem et al. 2020
+    fid              |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  Heusel et al. 2017
+    inception_score  exp(mean KL(p(y|x) || p(y)))                           Salimans et al. 2016
+    prdc             precision and recall                                   Kynkaanniemi et al. 2019
+                     density and coverage                                   Naeem et al. 2020
 """
 
 import math
@@ -23,30 +23,29 @@ from metrics.engine import extracted, scored
 METRICS = ("fid", "is", "prdc")
 
 
-# ------------------------------------------------------------------------ FID: between two Gaussians
-def frechet(mu1, sigma1, mu2, sigma2, trace_of_root):
-    d = mu1 - mu2
-    return float(d @ d + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
-
-
+# ----------------------------------------------------------------------- FID: between two Gaussians
 def fid(mu1, sigma1, mu2, sigma2):
-    """Frechet distance, by the matrix root. Rank-deficient covariances (of few images) are fine."""
+    """The Frechet distance two ways: by a matrix root, and without one, by eigenvalues.
+
+    tr(M^(1/2)) sums the roots of M's eigenvalues, M = S1 S2. Rank-deficient covariances (of few
+    images) are fine.
+    """
+    product = sigma1 @ sigma2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")               # "singular": as just said
-        root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+        root = scipy.linalg.sqrtm(product)
         if not np.isfinite(root).all():
             eps = 1e-6 * np.eye(len(mu1))
             root = scipy.linalg.sqrtm((sigma1 + eps) @ (sigma2 + eps))
-    return frechet(mu1, sigma1, mu2, sigma2, np.trace(root).real)
+    roots = np.sqrt(np.linalg.eigvals(product).astype(complex))
+
+    d = mu1 - mu2
+    traces = {"fid": np.trace(root).real, "fid_eigenvalues": roots.real.sum()}
+    rest = d @ d + np.trace(sigma1) + np.trace(sigma2)
+    return {name: float(rest - 2 * trace) for name, trace in traces.items()}
 
 
-def fid_eigenvalues(mu1, sigma1, mu2, sigma2):
-    """The same number without a matrix root: tr(M^(1/2)) sums the roots of M's eigenvalues."""
-    roots = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(complex))
-    return frechet(mu1, sigma1, mu2, sigma2, roots.real.sum())
-
-
-# ------------------------------------------------------------------ Inception Score: of a classifier
+# ----------------------------------------------------------------- Inception Score: of a classifier
 def inception_score(logits, shuffle=True, split_size=None):
     """(mean, population std) over splits of exp(mean KL(p(y|x) || p(y))), from logits (N, classes).
 
@@ -76,7 +75,7 @@ IS_CONVENTIONS = {
 }
 
 
-# -------------------------------------------------- precision, recall, density, coverage: of neighbors
+# ----------------------------------------------- precision, recall, density, coverage: of neighbors
 def squared_distances(a, b):
     """|a_i - b_j|^2 (n, m), by a matrix product: ten times faster than differences."""
     return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
@@ -120,11 +119,15 @@ def prdc(real, fake, k=3, block_bytes=2**26):
 
     in_real, covered = inside(fake, real)
     in_fake, _ = inside(real, fake)
-    return dict(precision=share(in_real > 0), recall=share(in_fake > 0),
-                density=in_real.sum().item() / (k * len(fake)), coverage=share(covered))
+    return dict(
+        precision=share(in_real > 0),
+        recall=share(in_fake > 0),
+        density=in_real.sum().item() / (k * len(fake)),
+        coverage=share(covered),
+    )
 
 
-# ------------------------------------------------------------------------------- all of it, of a model
+# ---------------------------------------------------------------------------- all of it, of a model
 def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, metrics=METRICS,
                   **how):
     """A row of results, a dict: some of METRICS of the images of `asked`, and what they depend on.
@@ -142,8 +145,7 @@ def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, m
 
     fake = extracted(make_images, asked, extractor, reference.mu, batch, seed, **how)
     if "fid" in metrics:
-        both = fake.mu, fake.sigma, reference.mu, reference.sigma
-        row |= {"fid": fid(*both), "fid_eigenvalues": fid_eigenvalues(*both)}
+        row |= fid(fake.mu, fake.sigma, reference.mu, reference.sigma)
     if "is" in metrics:
         for name, convention in IS_CONVENTIONS.items():
             row[name], row[f"{name}_std"] = inception_score(fake.logits, **convention)

@@ -1,8 +1,8 @@
 """The paper's own numbers, to stand beside a row of the same teacher.
 
-After the teacher's name comes the number of the teacher's steps, or which student it is. fid_coco and
-fid_mjhq are of 30,000 prompts each, hps is the average of v2.1, all ImageNet rows have 50,000 images
-and their best temperature. Tab. 11's 16 steps are as measured there.
+After the teacher's name comes the number of the teacher's steps, or which student it is. fid_coco
+and fid_mjhq are of 30,000 prompts each, hps is the average of v2.1, all ImageNet rows have 50,000
+images and their best temperature. Tab. 11's 16 steps are as measured there.
 """
 
 PUBLISHED = """

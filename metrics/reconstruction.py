@@ -1,7 +1,7 @@
 """The tokenizer alone: real images against decode(encode(them)). It bounds every student (App. D).
 
-rFID compares with a given real side, or with the very images before. PSNR is of the mean squared error
-over all images.
+rFID compares with a given real side, or with the very images before. PSNR is of the mean squared
+error over all images.
 """
 
 import math
@@ -27,7 +27,7 @@ class Source(NamedTuple):
     n: int
     read: Callable                # read(i (b,)) -> uint8 images (C, H, W)
     complain: Callable | None = None              # raises where some could not be read
-    captions: torch.Tensor | None = None          # rows of teacher.conditions, for decoders that listen
+    captions: torch.Tensor | None = None          # of teacher.conditions, for decoders that listen
 
 
 def folder_source(folder, teacher):
@@ -58,7 +58,7 @@ def reconstruction(teacher, source, n, extractor, reference, batch, device):
 
     def rebuilt(i, **_):
         img = real(i)
-        x = teacher.tokenizer.encode(img.float() / 255)
+        x = teacher.tokenizer.encode(img / 255)
         cond = () if source.captions is None else teacher.cond(source.captions[i])
         back = to_bytes(decode_tokens(teacher.tokenizer, x, cond), teacher.spec)
         squares.append((back.double() - img).square().sum().item())

@@ -47,8 +47,8 @@ def load_reference(path, dim, device="cpu", made=None):
         was = str(f.get("made", made))
     width = dim if features is None else features.shape[-1]
     if (mu.shape, sigma.shape, width) != ((dim,), (dim, dim), dim):
-        raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} and "
-                        f"{sigma.shape}: made with another feature network?")
+        raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} "
+                        f"and {sigma.shape}: made with another feature network?")
     if made and was != made:
         raise UserError(f"--reference {path} was made with {was}, and these flags say {made}: both "
                         "sides must agree")
@@ -75,8 +75,8 @@ def with_neighbors(reference, path, args, net, device):
                             "features: take --reference adm, or --real FOLDER")
         return reference
     if img.dtype != np.uint8 or img.shape[3:] != (3,):
-        raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, got "
-                        f"{img.dtype} {img.shape}")
+        raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, "
+                        f"got {img.dtype} {img.shape}")
     img = torch.from_numpy(img).permute(0, 3, 1, 2)
     real = extracted(lambda i, **_: img[i.cpu()], torch.arange(len(img), device=device), net,
                      batch=args.batch or 64, desc="arr_0")
@@ -101,7 +101,7 @@ def folder_reference(folder, extractor, device, batch):
     return Reference(real.mu, real.sigma, real.features, name)
 
 
-# --------------------------------------------------------------------- as the flags of evaluate.py say
+# ------------------------------------------------------------------ as the flags of evaluate.py say
 def check_sides(args):
     """Complain of flags that do not say one real side, before any model is read."""
     if not (args.reference or args.real):
@@ -110,18 +110,18 @@ def check_sides(args):
             needs += ["inception", "resize", "crop"]
         for flag in needs:
             if getattr(args, flag):
-                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference PATH.npz, "
-                                "or --real FOLDER")
+                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference "
+                                "PATH.npz, or --real FOLDER")
         return
     if args.reference and args.real and not args.reconstruction:
         raise UserError(f"--reference {args.reference} and --real {args.real} are both the real "
                         "side: give one")
     if args.reconstruction and not args.real:
-        raise UserError(f"--reconstruction against --reference {args.reference}: add --real FOLDER, "
-                        "what to reconstruct")
+        raise UserError(f"--reconstruction against --reference {args.reference}: add --real "
+                        "FOLDER, what to reconstruct")
     if args.save_reference and (not args.real or args.reconstruction):
-        raise UserError(f"--save_reference {args.save_reference} keeps the statistics of a folder: "
-                        "add --real FOLDER")
+        raise UserError(f"--save_reference {args.save_reference} keeps the statistics of a "
+                        "folder: add --real FOLDER")
 
 
 def inception(args, mode, device):

@@ -1,5 +1,7 @@
 """Rows of results as tables, sentences and footnotes."""
 
+from operator import itemgetter
+
 from metrics.published import in_words
 
 # Keys of rows, in the order of columns.
@@ -38,8 +40,8 @@ def speedup(rows):
     teachers, students = timed("teacher"), timed("student")
     if not (teachers and students):
         return None
-    slow = max(teachers, key=lambda row: row["steps"])
-    fast = max(students, key=lambda row: row["images/s"])
+    slow = max(teachers, key=itemgetter("steps"))
+    fast = max(students, key=itemgetter("images/s"))
     image, tokens = (fast[key] / slow[key] for key in ("images/s", "tokens_only/s"))
     return (f"One step is {image:.1f} times faster per image than the teacher's {slow['steps']} "
             f"steps; {tokens:.1f} times without the decoder, which both share.")
@@ -81,7 +83,7 @@ def report(rows):
     text, joint = [], []
     for model, own in by_model.items():
         swept = [row for row in own if row["kind"] == "student" and "fid" in row]
-        best = min(swept, key=lambda row: row["fid"], default=None)
+        best = min(swept, key=itemgetter("fid"), default=None)
         if len(swept) > 1:
             argmax = "" if best["temperature"] else " (argmax)"
             text += [table(own), f"{model}: the best of {len(swept)} temperatures is "
