@@ -24,20 +24,22 @@ Fashion's is a small classifier whose features are means and standard deviations
 independently. Its FIDs compare only with each other; where real images stand, the floor, says
 assets/fashion/classifier.json.
 
-    python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, and its teacher beside it
-    python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1       # a sweep; 0: argmax (Tab. 14)
+    python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, its teacher beside it
+    python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1   # a sweep; 0: argmax (Tab. 14)
     python evaluate.py --ckpt A B --steps 8 16 --temperature 0 0.5 1      # one table of all
     python evaluate.py --steps 1 2 4 8 16                        # the teacher alone
     python evaluate.py --teacher maskgit --steps 8 --order halton         # Tab. 2's baseline
     torchrun --nproc_per_node=4 evaluate.py --ckpt ... --metrics fid is prdc      # ImageNet: 50,000
     python evaluate.py --real val2014 --crop --resize clean --save_reference coco.npz     # once
     python evaluate.py --fake FOLDER --reference coco.npz --crop --resize clean   # drawn already
-    python evaluate.py --teacher meissonic-tiny --steps 1 16     # the shapes: GenEval, a CLIP's score
-    python evaluate.py --ckpt ... --metrics clip hps geneval --metadata captions.txt HPDv2/benchmark metadata.jsonl
-    python evaluate.py --ckpt ... --benchmark geneval --metadata metadata.jsonl --detector mask2former
-    python evaluate.py --reconstruction                          # the tokenizer limits every student
-    python evaluate.py --reconstruction --teacher maskgit --real imagenet/val     # its rFID and PSNR
-    python evaluate.py --ckpt out/run/ckpt.pt --export student.pt2        # a file that needs no code
+    python evaluate.py --teacher meissonic-tiny --steps 1 16     # the shapes: GenEval, CLIP's score
+    python evaluate.py --ckpt ... --metrics clip hps geneval \\
+        --metadata captions.txt HPDv2/benchmark metadata.jsonl
+    python evaluate.py --ckpt ... --benchmark geneval --metadata metadata.jsonl \\
+        --detector mask2former
+    python evaluate.py --reconstruction                      # the tokenizer limits every student
+    python evaluate.py --reconstruction --teacher maskgit --real imagenet/val    # its rFID and PSNR
+    python evaluate.py --ckpt out/run/ckpt.pt --export student.pt2       # a file that needs no code
 
 Rows are appended to OUT/results.jsonl as they come; OUT/table.md, table.json and sheet.png (images
 of all models, from the same starts) have what this command did.
@@ -66,7 +68,7 @@ from metrics.benchmarks import (BENCHMARKS, expect_text, geneval_folder, load_be
 from metrics.engine import in_turn
 from metrics.fid import METRICS, image_metrics
 from metrics.published import published
-from metrics.reconstruction import Source, folder_source, reconstruction
+from metrics.reconstruction import reconstruction
 from metrics.reference import load_feature_space
 from metrics.tables import report, small_print
 from networks.inception import INCEPTION, RESIZES
@@ -248,15 +250,15 @@ def reconstruction_rows(args, space, device):
         raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not "
                         "know: for other images add --real FOLDER")
     if args.real:
-        sources, n = [folder_source(args.real, teacher)], args.n
+        n, sources = args.n, {args.real: folder_images(args.real, "--real", teacher.spec.image)}
     else:
-        sources, n = [], args.n or 5000
+        n, sources = args.n or 5000, {}
         for split in ("train", "t10k"):
             img = torch.from_numpy(load_images(split)[0]).to(device)
-            sources.append(Source(split, len(img), img.__getitem__))
+            sources[split] = img, img.__getitem__, lambda: None
     batch = batch_size(args, teacher)
-    for source in sources:
-        for row in reconstruction(teacher, source, n, extractor, reference, batch, device):
+    for name, images in sources.items():
+        for row in reconstruction(teacher, name, images, n, extractor, reference, batch, device):
             yield row | {"pixels": rounding(teacher.spec)}
 
 

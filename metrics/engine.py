@@ -32,7 +32,7 @@ def in_turn(conditions, n):
 @torch.no_grad()
 def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folder=None,
            every=1):
-    """Draw all images and score them: (scores (n, width) float64, facts), the same on every process.
+    """Draw all images and score them: (scores (n, width) float64, facts), on every process.
 
     score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the
     speed of all processes together, in images per second, with and without the decoder.
@@ -47,8 +47,8 @@ def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folde
         len(asked[::every]), width, dtype=torch.float64, device=device)
     seconds, timed = Counter(), 0
     mine = range(rank(), math.ceil(len(asked) / batch), world_size())
-    for i in tqdm(
-            mine, desc, unit="batch", leave=False, disable=not (desc and is_main())):
+    bar = tqdm(mine, desc, unit="batch", leave=False, disable=not (desc and is_main()))
+    for i in bar:
         if i == rank() + world_size():                # the first batch only warmed everything up
             seconds, timed = Counter(), 0
         part = slice(i * batch, (i + 1) * batch)

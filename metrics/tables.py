@@ -28,8 +28,8 @@ def small_print(row):
     each = f", {row['per_class']:g} images per class" if row.get("per_class") else ""
     return (f"FID: {row['extractor']} ({row['inception']}), resize {row['resize']}, "
             f"{row['crop'] or 'no crop'}, in float32, against {row['reference']}; "
-            f"N = {row['n']}{each}, seed {row['seed']}, {row['pixels']}. IS: torch-fidelity's splits "
-            f"(is_stylegan, is_adm: table.json). {row.get('note', '')}").strip()
+            f"N = {row['n']}{each}, seed {row['seed']}, {row['pixels']}. IS: torch-fidelity's "
+            f"splits (is_stylegan, is_adm: table.json). {row.get('note', '')}").strip()
 
 
 def speedup(rows):
