@@ -195,7 +195,7 @@ def judges(args, model, space, benchmarks, device):
 # ------------------------------------------------------------------------------- a row for each
 def batch_size(args, teacher):
     """--batch, or as many images as have 16,384 tokens: 250 at most."""
-    return args.batch or min(250, max(1, 2**14 // teacher.net.L))
+    return args.batch or min(250, 2**14 // teacher.net.L)
 
 
 def rounding(spec):
@@ -303,10 +303,11 @@ def main(args):
     for row in all_rows(args, space, benchmarks, device):
         if "inception" in row:
             row["note"] = small_print(row)
-        rows.append(row | system)
+        row |= system
+        rows.append(row)
         if is_main():                                 # at once: a later crash must not cost it
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            append_rows(f"{args.out}/results.jsonl", [rows[-1] | {"time": now}])
+            append_rows(f"{args.out}/results.jsonl", [row | {"time": now}])
 
     if is_main():
         text = report(rows)
@@ -370,7 +371,7 @@ def flags():
         help="both sides to the central square and 256 px first (COCO-30k)")
 
     add = ap.add_argument_group("benchmarks of text to image").add_argument
-    add("--benchmark", choices=list(BENCHMARKS),
+    add("--benchmark", choices=BENCHMARKS,
         help="--metrics of one: draw it, write images below OUT, score them")
     add("--metadata", nargs="+", default=[], metavar="PATH",
         help="prompts of the benchmark, or of several in their order: "

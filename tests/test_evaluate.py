@@ -371,6 +371,7 @@ def test_reconstruction_of_a_folder_has_the_psnr_of_its_crops_and_a_fid_against_
         error += (back.to(torch.uint8).double() - img).square().mean().item()
     assert row["psnr"] == pytest.approx(10 * math.log10(255**2 / (error / 12)), abs=1e-6)
     assert row["fid"] > 0 and row["n"] == 12
+    assert f"| {row['psnr']:.2f} |" in (tmp_path / "out" / "table.md").read_text()
     assert row["reference"].startswith("the same 12 images")
 
 
