@@ -24,31 +24,32 @@ Fashion's is a small classifier whose features are means and standard deviations
 independently. Its FIDs compare only with each other; where real images stand, the floor, says
 assets/fashion/classifier.json.
 
-    python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, and its teacher beside it
-    python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1       # a sweep; 0: argmax (Tab. 14)
+    python evaluate.py --ckpt out/run/ckpt.pt --steps 1 16       # a student, its teacher beside it
+    python evaluate.py --ckpt out/run/ckpt.pt --temperature 0 0.5 1   # a sweep; 0: argmax (Tab. 14)
     python evaluate.py --ckpt A B --steps 8 16 --temperature 0 0.5 1      # one table of all
     python evaluate.py --steps 1 2 4 8 16                        # the teacher alone
     python evaluate.py --teacher maskgit --steps 8 --order halton         # Tab. 2's baseline
     torchrun --nproc_per_node=4 evaluate.py --ckpt ... --metrics fid is prdc      # ImageNet: 50,000
     python evaluate.py --real val2014 --crop --resize clean --save_reference coco.npz     # once
     python evaluate.py --fake FOLDER --reference coco.npz --crop --resize clean   # drawn already
-    python evaluate.py --teacher meissonic-tiny --steps 1 16     # the shapes: GenEval, a CLIP's score
-    python evaluate.py --ckpt ... --metrics clip hps geneval --metadata captions.txt HPDv2/benchmark metadata.jsonl
-    python evaluate.py --ckpt ... --benchmark geneval --metadata metadata.jsonl --detector mask2former
-    python evaluate.py --reconstruction                          # the tokenizer limits every student
-    python evaluate.py --reconstruction --teacher maskgit --real imagenet/val     # its rFID and PSNR
-    python evaluate.py --ckpt out/run/ckpt.pt --export student.pt2        # a file that needs no code
+    python evaluate.py --teacher meissonic-tiny --steps 1 16     # the shapes: GenEval, CLIP's score
+    python evaluate.py --ckpt ... --metrics clip hps geneval \\
+        --metadata captions.txt HPDv2/benchmark metadata.jsonl
+    python evaluate.py --ckpt ... --benchmark geneval --metadata metadata.jsonl \\
+        --detector mask2former
+    python evaluate.py --reconstruction                      # the tokenizer limits every student
+    python evaluate.py --reconstruction --teacher maskgit --real imagenet/val    # its rFID and PSNR
+    python evaluate.py --ckpt out/run/ckpt.pt --export student.pt2       # a file that needs no code
 
 Rows are appended to OUT/results.jsonl as they come; OUT/table.md, table.json and sheet.png (images
 of all models, from the same starts) have what this command did.
 """
 
-import argparse
-import functools
 import json
 import os
 import re
 import time
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -57,15 +58,17 @@ from data.images import folder_images
 from data.prompts import read_prompts
 from machinery.errors import UserError, guard
 from machinery.files import fingerprint, replacing
-from machinery.flags import check_device, default_device, nonnegative, number, share
+from machinery.flags import (add_device, add_teacher_files, add_weights, check_device, nonnegative,
+                             number, parser, positive_int, share)
 from machinery.pictures import sheet, spread
 from machinery.processes import autocast, is_main, join_processes
+from machinery.records import append_rows
 from metrics.benchmarks import (BENCHMARKS, expect_text, geneval_folder, load_benchmarks,
                                 run_benchmark)
 from metrics.engine import in_turn
 from metrics.fid import METRICS, image_metrics
 from metrics.published import published
-from metrics.reconstruction import Source, folder_source, reconstruction
+from metrics.reconstruction import reconstruction
 from metrics.reference import load_feature_space
 from metrics.tables import report, small_print
 from networks.inception import INCEPTION, RESIZES
@@ -101,67 +104,49 @@ def hashes(teacher):
     """Which networks a teacher is made of: files may have been renamed."""
     found = dict(teacher=teacher.spec.name, teacher_weights=fingerprint(teacher.net),
                  tokenizer=fingerprint(teacher.tokenizer))
-    if teacher.text is not None:
+    if teacher.text:
         found["text"] = fingerprint(teacher.text)
     return found
 
 
 def models(args, device):
-    """One Model at a time: students at each temperature, then the teacher at each number of steps."""
+    """Students at each temperature, then the teacher at each number of steps, one at a time."""
     name, files = args.teacher, files_of(args)
     for path in args.ckpt:
         teacher, net, config = load_student(path, args.teacher, device, **files)
         name = name or teacher.spec.name
         files = {key: value or config.get(key) for key, value in files.items()}
-        settings = {**teacher.spec.student, **config}
+        settings = teacher.spec.student | config
         start = {}
         for key in ("init_ratio", "noise"):
             given = getattr(args, key)
             start[key] = settings[key] if given is None else given
-        facts = dict(model=f"student {path}", kind="student",
-                     weights=fingerprint(net), steps=1)
+        facts = dict(model=f"student {path}", kind="student", weights=fingerprint(net), steps=1)
         for temperature in args.temperature or [settings["temperature"]]:
-            how = dict(temperature=temperature, **start)
-            draw = functools.partial(generate_student, teacher, net, **how)
-            yield Model(teacher, draw, {**facts, **how, **hashes(teacher)}, config)
+            how = {"temperature": temperature, **start}
+            draw = partial(generate_student, teacher, net, **how)
+            yield Model(teacher, draw, facts | how, config)
 
     if not args.steps and (args.ckpt or args.reconstruction):
         return
     teacher = load_teacher(name or "maskbit-tiny", device=device, **files)
-    usual = list(teacher.spec.sampling)[:1]
+    usual = [*teacher.spec.sampling][:1]
     if teacher.spec.record:                           # a tiny one, fast enough for several
         usual = [1, 2, 4, 8, 16]
-    given = dict(guidance=args.guidance, temperature=args.teacher_temperature)
     for steps in args.steps or usual:
-        how = dict(steps=steps, order=args.order)
-        settings = teacher.spec.settings(steps, **given)
-        facts = dict(model="teacher", kind="teacher",
-                     **how, **settings, **hashes(teacher))
-        draw = functools.partial(generate_teacher, teacher, **how, **given)
-        yield Model(teacher, draw, facts, {})
+        how = dict(steps=steps, order=args.order) | teacher.spec.settings(
+            steps, guidance=args.guidance, temperature=args.teacher_temperature)
+        draw = partial(generate_teacher, teacher, **how)
+        yield Model(teacher, draw, {"model": "teacher", "kind": "teacher", **how}, {})
 
 
 # ----------------------------------------------------------------------------------- which judge
 class Judge(NamedTuple):
     """Whoever turns a model's images into numbers."""
 
-    score: Callable               # score(make_images, n, batch=, seed=, desc=) -> a row of results
-    n: int                        # how many images it is shown
-    prompts: list | None          # what they are of; None: classes
+    score: Callable               # score(make_images, batch=, seed=, desc=) -> a row of results
+    prompts: list | None          # what the images are of; None: classes
     labels: str                   # the same in words
-
-
-def named(args):
-    """The metrics of images that --metrics names, without the benchmarks."""
-    return [name for name in METRICS if name in (args.metrics or ())]
-
-
-def imagenet_space(args, spec, device):
-    """--metrics of an ImageNet teacher take Inception and ADM's statistics; of another, None."""
-    if not named(args) or spec.classes != 1000 or spec.image[1] != 256:
-        return None
-    args.reference = "adm"
-    return load_feature_space(args, device)
 
 
 def image_judge(args, teacher, space, folder, device):
@@ -169,51 +154,84 @@ def image_judge(args, teacher, space, folder, device):
     spec = teacher.spec
     extractor, reference = space or load_extractor(spec, device)
     if args.metrics and extractor is None:
-        raise UserError(f"--metrics {' '.join(named(args))} of {spec.name} needs --reference "
+        raise UserError(f"--metrics {' '.join(args.metrics)} of {spec.name} needs --reference "
                         "PATH.npz (adm: ADM's of ImageNet), or --real FOLDER")
     world_judge = None if extractor else load_judge(teacher, device)
-    if not (extractor or world_judge) and is_main():
-        print(f"{spec.name}: images are drawn and timed; FID needs --reference PATH or --real FOLDER")
+    scored = extractor or world_judge
+    if not scored and is_main():
+        print(f"{spec.name}: images are drawn and timed; FID needs --reference PATH or --real "
+              "FOLDER")
 
     prompts, labels = None, "each class in turn"
     if teacher.text:
         path = args.prompts or spec.prompts
         prompts, labels = read_prompts(path), f"{path} in turn"
-    n = 5000
-    if space:
+    n = args.n or 5000
+    if space and not args.n:
         n = 50_000 if spec.classes else len(prompts)
-    n = args.n or n
-    if n < 10 and (extractor or world_judge):
+    if n < 10 and scored:
         raise UserError(f"--n {n}: statistics need 10 images at least")
     if world_judge:
-        return Judge(world_judge, n, prompts, "the shapes benchmark")
-
-    def score(make_images, n, **how):
-        asked = in_turn(teacher.conditions(prompts), n)
-        return image_metrics(make_images, asked, extractor, reference,
-                             metrics=args.metrics or METRICS, folder=folder, **how)
-
-    return Judge(score, n, prompts, labels)
+        return Judge(partial(world_judge, n=n), prompts, "the shapes benchmark")
+    score = partial(
+        image_metrics, asked=in_turn(teacher.conditions(prompts), n), extractor=extractor,
+        reference=reference, metrics=args.metrics or METRICS, folder=folder)
+    return Judge(score, prompts, labels)
 
 
 def judges(args, model, space, benchmarks, device):
     """One Judge at a time: of images as such, then the benchmarks, with prompts of their own."""
     teacher = model.teacher
     name = re.sub(r"[^\w.]+", "-", f"{teacher.spec.name} {model.caption}")
-    if not benchmarks or named(args):
-        folder = os.path.join(args.out, "images", name) if args.save_images else None
+    if not benchmarks or {*METRICS} & {*args.metrics}:
+        folder = f"{args.out}/images/{name}" if args.save_images else None
         yield image_judge(args, teacher, space, folder, device)
-    for (task, benchmark), path in zip(benchmarks.items(), args.metadata or ()):
+    for (task, benchmark), path in zip(benchmarks.items(), args.metadata):
         expect_text(teacher.spec, task)
-        folder = os.path.join(args.out, task, name)
-
-        def score(make_images, n, **how):
-            return run_benchmark(benchmark, teacher, make_images, folder, **how)
-
-        yield Judge(score, len(benchmark.prompts), benchmark.prompts, path)
+        score = partial(run_benchmark, benchmark, teacher, folder=f"{args.out}/{task}/{name}")
+        yield Judge(score, benchmark.prompts, path)
 
 
-# -------------------------------------------------------------------- images that are there already
+# ------------------------------------------------------------------------------- a row for each
+def batch_size(args, teacher):
+    """--batch, or as many images as have 16,384 tokens: 250 at most."""
+    return args.batch or min(250, 2**14 // teacher.net.L)
+
+
+def rounding(spec):
+    return "uint8, rounded" if spec.rounds else "uint8, truncated"
+
+
+def drawn_rows(args, space, benchmarks, device):
+    """A row per model and judge; at last sheet.png, images of all models from the same starts."""
+    strips = []
+    for model in models(args, device):
+        teacher, spec = model.teacher, model.teacher.spec
+        if not space and args.metrics and (spec.classes, spec.image[1]) == (1000, 256):
+            args.reference = "adm"                    # ADM's is the real side of all papers
+            space = load_feature_space(args, device)
+        for judge in judges(args, model, space, benchmarks, device):
+            with autocast(device.type, args.bf16):
+                row = judge.score(model.make_images, seed=args.seed, desc=model.caption,
+                                  batch=batch_size(args, teacher))
+            if spec.classes:
+                row["per_class"] = row["n"] / spec.classes
+            row = {**model.facts, **hashes(teacher), **row,
+                   "labels": judge.labels, "pixels": rounding(spec)}
+            paper = published(row, model.config)
+            if paper:
+                row["published"] = paper
+            yield row
+        shown = min(args.n or 10, 10 if spec.image[1] < 100 else 4)
+        with autocast(device.type, args.bf16):
+            conditions = teacher.conditions(judge.prompts)
+            img = fixed_sample(model.make_images, conditions, shown, args.seed)
+        strips.append((model.caption, img))
+    if strips and is_main():
+        words = spread(judge.prompts, shown) if judge.prompts else None
+        sheet(strips, f"{args.out}/sheet.png", words=words)
+
+
 def fake_row(args, space, device):
     """The row of --fake: whatever has drawn them."""
     names, make, complain = folder_images(args.fake, "--fake")
@@ -221,8 +239,7 @@ def fake_row(args, space, device):
     row = image_metrics(make, asked, *space, batch=args.batch or 64, desc=args.fake,
                         metrics=args.metrics or METRICS)
     complain()
-    return {"model": args.fake, "kind": "folder", **row,
-            "seed": None, "pixels": "as they are"}
+    return {"model": args.fake, "kind": "folder", **row, "seed": None, "pixels": "as they are"}
 
 
 def reconstruction_rows(args, space, device):
@@ -233,28 +250,31 @@ def reconstruction_rows(args, space, device):
         raise UserError(f"--reconstruction reads Fashion-MNIST, which {teacher.spec.name} does not "
                         "know: for other images add --real FOLDER")
     if args.real:
-        sources, n = [folder_source(args.real, teacher)], args.n
+        n, sources = args.n, {args.real: folder_images(args.real, "--real", teacher.spec.image)}
     else:
-        sources, n = [], args.n or 5000
+        n, sources = args.n or 5000, {}
         for split in ("train", "t10k"):
-            img = torch.from_numpy(load_images(split)[0])
-            sources.append(Source(split, len(img), img.__getitem__))
+            img = torch.from_numpy(load_images(split)[0]).to(device)
+            sources[split] = img, img.__getitem__, lambda: None
     batch = batch_size(args, teacher)
-    for source in sources:
-        for row in reconstruction(teacher, source, n, extractor, reference, batch, device):
-            yield {**row, "pixels": rounding(teacher.spec)}
+    for name, images in sources.items():
+        for row in reconstruction(teacher, name, images, n, extractor, reference, batch, device):
+            yield row | {"pixels": rounding(teacher.spec)}
+
+
+def all_rows(args, space, benchmarks, device):
+    """The rows of a command, one at a time."""
+    if args.geneval_folder:
+        yield geneval_folder(args, device, load_detector)
+    if args.fake:
+        yield fake_row(args, space, device)
+    if args.reconstruction:
+        yield from reconstruction_rows(args, space, device)
+    if not (args.geneval_folder or args.fake):        # their images are drawn already
+        yield from drawn_rows(args, space, benchmarks, device)
 
 
 # --------------------------------------------------------------------------------------- the page
-def batch_size(args, teacher):
-    """--batch, or as many images as have 16,384 tokens: 250 at most."""
-    return args.batch or min(250, max(1, 2**14 // teacher.net.L))
-
-
-def rounding(spec):
-    return "uint8, rounded" if spec.rounds else "uint8, truncated"
-
-
 def export_student(args, device):
     if len(args.ckpt) != 1:
         raise UserError(f"--export {args.export} writes one student: name it by --ckpt PATH")
@@ -269,104 +289,53 @@ def main(args):
     device = join_processes(args.device)
     os.makedirs(args.out, exist_ok=True)
     if args.export:
-        export_student(args, device)
-        return
+        return export_student(args, device)
     benchmarks = load_benchmarks(args, device, load_detector)
     space = load_feature_space(args, device)          # (Inception, real side), or None
     if args.save_reference:
         return
 
-    rows, strips = [], []
     gpu = device.type == "cuda"
     system = dict(dtype="bf16" if args.bf16 else "fp32",
                   device=torch.cuda.get_device_name(device) if gpu else "cpu",
                   torch=torch.__version__)
-
-    def record(row):                                  # at once: a later crash must not cost it
+    rows = []
+    for row in all_rows(args, space, benchmarks, device):
         if "inception" in row:
             row["note"] = small_print(row)
-        rows.append({**row, **system})
-        if is_main():
+        row |= system
+        rows.append(row)
+        if is_main():                                 # at once: a later crash must not cost it
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            line = json.dumps({**rows[-1], "time": now})
-            with open(os.path.join(args.out, "results.jsonl"), "a") as f:
-                f.write(line + "\n")
+            append_rows(f"{args.out}/results.jsonl", [row | {"time": now}])
 
-    # ------------------------------------------------------------------------------ a row each
-    if args.geneval_folder:
-        record(geneval_folder(args, device, load_detector))
-    if args.fake:
-        record(fake_row(args, space, device))
-    if args.reconstruction:
-        for row in reconstruction_rows(args, space, device):
-            record(row)
-    drawing = models(args, device)
-    if args.geneval_folder or args.fake:
-        drawing = []                                  # they are drawn already
-    for model in drawing:
-        teacher, spec = model.teacher, model.teacher.spec
-        space = space or imagenet_space(args, spec, device)
-        for judge in judges(args, model, space, benchmarks, device):
-            with autocast(device.type, args.bf16):
-                row = judge.score(model.make_images, judge.n, seed=args.seed,
-                                  batch=batch_size(args, teacher), desc=model.caption)
-            if spec.classes:
-                row["per_class"] = judge.n / spec.classes
-            row = {**model.facts, **row,
-                   "labels": judge.labels, "pixels": rounding(spec)}
-            paper = published(row, model.config)
-            if paper:
-                row["published"] = paper
-            record(row)
-        most = 10 if spec.image[1] < 100 else 4
-        shown = min(args.n or most, most)
-        conditions = teacher.conditions(judge.prompts)
-        with autocast(device.type, args.bf16):
-            img = fixed_sample(model.make_images, conditions, shown, args.seed)
-        strips.append((model.caption, img))
-
-    # ------------------------------------------------------------------------ sheet and table
-    if not is_main():
-        return
-    if strips:
-        words = spread(judge.prompts, shown) if judge.prompts else None
-        sheet(strips, os.path.join(args.out, "sheet.png"), words=words)
-    ratios = [f"{row['model']}: PSNR {row['psnr']:.2f} dB" for row in rows if "psnr" in row]
-    text = "\n".join([report(rows), *ratios])
-    print(text)
-    files = {"table.md": text, "table.json": json.dumps(rows, indent=1)}
-    for name, content in files.items():
-        with replacing(os.path.join(args.out, name)) as f:
-            f.write(content.encode() + b"\n")
+    if is_main():
+        text = report(rows)
+        print(text)
+        for name, content in (("table.md", text), ("table.json", json.dumps(rows, indent=1))):
+            with replacing(f"{args.out}/{name}") as f:
+                f.write(f"{content}\n".encode())
 
 
 # -------------------------------------------------------------------------------------- the flags
 def flags():
-    ap = argparse.ArgumentParser(description=__doc__,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = parser(__doc__)
 
     add = ap.add_argument_group("what to evaluate").add_argument
     add("--ckpt", nargs="+", default=[], metavar="PATH",
         help="students: checkpoints of train.py, or bare weights")
-    add("--teacher",
-        help=f"one of {', '.join(SPECS)}; bare weights are a student of it, too")
-    add("--steps", nargs="+", type=number(1, 4096, int),
+    add("--teacher", help=f"one of {', '.join(SPECS)}; bare weights are a student of it, too")
+    add("--steps", nargs="+", type=positive_int,
         help="evaluate the teacher at these numbers of steps (default: its published one without "
              "--ckpt, none with it)")
     add("--reconstruction", action="store_true",
         help="evaluate the tokenizer, on the raw real images")
-    for name in ("teacher", "tokenizer", "text"):
-        add(f"--{name}_weights", metavar="PATH",
-            help=f"local file of the {name} network instead of the published one")
-    add("--text_activation", choices=["gelu", "quick_gelu"],
-        help="activation of the text encoder (MaskGen's is not certain)")
     add("--export", metavar="FILE",
         help="write the student and its decoder as one file of torch.export; draw nothing")
-    add("--random_weights", action="store_true",
-        help="a teacher without files, to try memory and speed")
     add("--prompts", metavar="FILE",
         help="what to draw with a text teacher, one prompt per line, taken in turn (default: "
              "assets/prompts.txt, or a tiny world's own)")
+    add_teacher_files(add)
 
     add = ap.add_argument_group("how to sample (default: what the checkpoint says; the teacher's "
                                 "own)").add_argument
@@ -382,13 +351,8 @@ def flags():
         help="which of the teacher's tokens are kept first: its surest, or places by a Halton "
              "sequence (default: %(default)s)")
 
-    add = ap.add_argument_group("which numbers").add_argument
-    add("--metrics", nargs="+", choices=[*METRICS, *BENCHMARKS],
-        help="fid, is (Inception Score), prdc (precision, recall, density, coverage): all three by "
-             "default; and clip, hps, geneval, the benchmarks of text to image, which have their "
-             "own prompts")
-
-    add = ap.add_argument_group("FID by the Inception network: with --reference or --real").add_argument
+    add = ap.add_argument_group(
+        "FID by the Inception network: with --reference or --real").add_argument
     add("--reference", metavar="PATH",
         help="real side: .npz of mu and sigma (for prdc also arr_0, images, or features); adm "
              "fetches ADM's of ImageNet, and is its default with --metrics")
@@ -407,38 +371,38 @@ def flags():
         help="both sides to the central square and 256 px first (COCO-30k)")
 
     add = ap.add_argument_group("benchmarks of text to image").add_argument
-    add("--benchmark", choices=list(BENCHMARKS),
+    add("--benchmark", choices=BENCHMARKS,
         help="--metrics of one: draw it, write images below OUT, score them")
-    add("--metadata", nargs="+", metavar="PATH",
+    add("--metadata", nargs="+", default=[], metavar="PATH",
         help="prompts of the benchmark, or of several in their order: "
              + "; ".join(f"{name}: {words}" for name, (_, words) in BENCHMARKS.items()))
-    add("--per_prompt", type=number(1, 1000, int), default=4,
+    add("--per_prompt", type=positive_int, default=4,
         help="geneval: images per prompt (default: %(default)s)")
     add("--detector", choices=["mask2former", "shapes"],
-        help="geneval: score it here, too (published: mmdetection's)")
+        help="geneval: score it here, too (published: mmdetection's; --detector_weights takes a "
+             "folder)")
     add("--geneval_folder", metavar="DIR",
         help="score this folder of GenEval's layout by --detector, draw nothing")
     add("--save_images", nargs="?", const="cropped", choices=["cropped", "whole"],
         help="keep PNGs below OUT: as CLIP score sees them at 256 px (COCO-30k), or whole "
              "(MJHQ-30k); a FID's whole")
-    for name in ("detector", "clip_l", "hps", "clip_g"):
-        add(f"--{name}_weights", metavar="PATH",
-            help=f"local {'folder' if name == 'detector' else 'file'} instead of the published one")
+    add_weights(add, "detector", "clip_l", "hps", "clip_g")
 
     add = ap.add_argument_group("how to measure").add_argument
-    add("--n", "--n_images", type=number(1, 10**7, int),
+    add("--metrics", nargs="+", default=[], choices=[*METRICS, *BENCHMARKS],
+        help="fid, is (Inception Score), prdc (precision, recall, density, coverage): all three by "
+             "default; and clip, hps, geneval, the benchmarks of text to image, which have their "
+             "own prompts")
+    add("--n", "--n_images", type=positive_int,
         help="images per row (default: 5000; by Inception 50000, or all prompts; benchmarks have "
              "their own). torchrun takes --n for its own: write --n_images")
-    add("--batch", type=number(1, 10**5, int),
+    add("--batch", type=positive_int,
         help="images per batch of one process (default: 250, fewer where images are large)")
     add("--seed", type=number(0, 2**32, int), default=0,
         help="seed of everything random (default: %(default)s)")
     add("--out", default="out/evaluate",
         help="folder of results.jsonl (appended), tables and sheet.png (default: %(default)s)")
-
-    add = ap.add_argument_group("system").add_argument
-    add("--device", choices=["cuda", "cpu"], default=default_device(),
-        help="where to compute (default: %(default)s)")
+    add_device(add)
     add("--bf16", action="store_true",
         help="networks in bfloat16; decoder and features stay in float32")
     return ap

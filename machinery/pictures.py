@@ -6,7 +6,7 @@ import textwrap
 
 from PIL import Image, ImageDraw
 
-from machinery.errors import UserError
+from machinery.errors import explain
 from machinery.files import replacing
 
 GAP = 2                                               # pixels between the images of a sheet
@@ -21,13 +21,11 @@ def picture(pixels):
 
 def save_images(folder, images, kind, **options):
     """Write uint8 images (C, H, W) as <folder>/00000.<kind>, ...; the folder must be new."""
-    try:
+    with explain(f"cannot make the folder {folder} ({{}}): images go to a new one, since old "
+                 "images in it would be judged, too"):
         os.makedirs(folder)
-    except OSError as err:
-        raise UserError(f"cannot make the folder {folder} ({err.strerror}): images go to a new one, "
-                        "since old images in it would be judged, too")
     for n, img in enumerate(images):
-        picture(img).save(os.path.join(folder, f"{n:05d}.{kind}"), **options)
+        picture(img).save(f"{folder}/{n:05d}.{kind}", **options)
 
 
 def sheet(strips, path, columns=None, words=None):
@@ -44,21 +42,21 @@ def sheet(strips, path, columns=None, words=None):
     high, wide = H + GAP + above, W + GAP
     most = max(len(images) for _, images in strips)
     columns = min(most, columns or max(2, min(10, 2048 // wide)))
-    heights = [CAPTION + high * math.ceil(len(images) / columns) for _, images in strips]
+    height = sum(CAPTION + high * math.ceil(len(images) / columns) for _, images in strips)
 
-    page = Image.new("RGB", (wide * columns + GAP, sum(heights) + GAP), "white")
+    page = Image.new("RGB", (wide * columns + GAP, height + GAP), "white")
     draw = ImageDraw.Draw(page)
     top = 0
-    for (caption, images), height in zip(strips, heights):
+    for caption, images in strips:
         draw.text((GAP + 1, top + 1), caption, "black", font_size=12)
         for i, pixels in enumerate(images):
             x = GAP + i % columns * wide
             y = top + CAPTION + i // columns * high
             if words:
-                text = textwrap.fill(words[i], max(8, W // 6), max_lines=2, placeholder=" ...")
+                text = textwrap.fill(words[i], W // 6, max_lines=2, placeholder=" ...")
                 draw.multiline_text((x + 1, y), text, "black", spacing=1, font_size=10)
             page.paste(picture(pixels).resize((W, H), Image.Resampling.NEAREST), (x, y + above))
-        top += height
+        top = y + high
     with replacing(path) as f:
         page.save(f, format="PNG", optimize=True)
 

@@ -5,13 +5,13 @@ So the images, their order, and every number are the same on any number of proce
 depend on the size of a batch.)
 
 `asked` is what to draw: rows of teacher.conditions, one per image. `make_images` draws it:
-make_images(asked (b, ...), generator=, seconds=) -> uint8 images (b, C, H, W); bind everything else
-with functools.partial. An extractor maps images in [0, 1] to (features (b, dim), logits (b, classes)):
-FashionNet in the tiny world, Inception, with the resize inside it, everywhere else.
+make_images(asked (b, ...), generator=, seconds=) -> uint8 images (b, C, H, W); bind everything
+else with functools.partial. An extractor maps images in [0, 1] to (features (b, dim),
+logits (b, classes)): FashionNet in the tiny world, Inception, with the resize inside it, everywhere
+else.
 """
 
 import math
-import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -30,45 +30,47 @@ def in_turn(conditions, n):
 
 
 @torch.no_grad()
-def scored(make_images, asked, score, width, batch, seed, desc, folder=None, every=1):
-    """Draw all images and score them: (scores (n, width) float64, facts), the same on every process.
+def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folder=None,
+           every=1):
+    """Draw all images and score them: (scores (n, width) float64, facts), on every process.
 
-    score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the speed
-    of all processes together, in images per second, with and without the decoder.
+    score(slice of `asked`, uint8 images) -> (b, width). facts, for the row of results, has the
+    speed of all processes together, in images per second, with and without the decoder.
     desc names the progress bar; without, there is none. folder: a new one, for the images as PNG.
     every: the scores of each `every`-th image alone are kept, in order to save memory.
     """
     if folder and is_main():
         save_images(folder, (), "png")
     barrier()                                         # the others write into the folder, too
-    exact = dict(dtype=torch.float64, device=asked.device)
-    scores = torch.zeros(math.ceil(len(asked) / every), width, **exact)
+    device = asked.device
+    scores = torch.zeros(
+        len(asked[::every]), width, dtype=torch.float64, device=device)
     seconds, timed = Counter(), 0
     mine = range(rank(), math.ceil(len(asked) / batch), world_size())
-    for i in tqdm(mine, desc, unit="batch", leave=False, disable=not (desc and is_main())):
+    bar = tqdm(mine, desc, unit="batch", leave=False, disable=not (desc and is_main()))
+    for i in bar:
         if i == rank() + world_size():                # the first batch only warmed everything up
-            seconds.clear()
-            timed = 0
+            seconds, timed = Counter(), 0
         part = slice(i * batch, (i + 1) * batch)
-        own_seed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])
-        generator = torch.Generator(asked.device).manual_seed(own_seed)
+        own_seed = np.random.SeedSequence((seed, i)).generate_state(1).item()
+        generator = torch.Generator(device).manual_seed(own_seed)
         img = make_images(asked[part], generator=generator, seconds=seconds)
         timed += len(img)
         if folder:
             for n, pixels in enumerate(img, part.start):
-                picture(pixels).save(os.path.join(folder, f"{n:05d}.png"))
-        with torch.autocast(asked.device.type, enabled=False):
+                picture(pixels).save(f"{folder}/{n:05d}.png")
+        with torch.autocast(device.type, enabled=False):
             kept = score(part, img)[-part.start % every :: every]
         start = math.ceil(part.start / every)
         scores[start : start + len(kept)] = kept.to(scores)
 
     rates = [timed / (s or math.inf) for s in (seconds.total(), seconds["tokens"])]
-    images, tokens = all_reduce(torch.tensor(rates, **exact)).tolist()
+    images, tokens = all_reduce(scores.new_tensor(rates)).tolist()
     facts = {
         "seed": seed, "batch": batch, "images/s": images or None,
         "tokens_only/s": tokens or None, "processes": world_size(),
     }
-    return all_reduce(scores), facts                  # a row is zero but on the process that made it
+    return all_reduce(scores), facts         # a row is zero but on the process that made it
 
 
 # --------------------------------------------------------------------------------------- features
@@ -93,7 +95,8 @@ class Moments:
 
     def result(self):
         """mu (dim,) and the unbiased covariance (dim, dim) over all processes, float64 arrays."""
-        n, total, outer = (all_reduce(t.clone()) for t in (self.count, self.sum, self.outer))
+        sums = self.count, self.sum, self.outer
+        n, total, outer = (all_reduce(t.clone()) for t in sums)
         mean = total / n
         sigma = (outer - n * mean[:, None] * mean) / (n - 1)
         return (mean + self.shift).cpu().numpy(), sigma.cpu().numpy()
@@ -108,8 +111,8 @@ def extract(extractor, img):
     device = next(extractor.parameters()).device
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         if isinstance(img, list):
-            return extractor([pixels.to(device).float() / 255 for pixels in img])
-        return extractor(img.to(device).float() / 255)
+            return extractor([pixels.to(device) / 255 for pixels in img])
+        return extractor(img.to(device) / 255)
 
 
 class Extracted(NamedTuple):
@@ -122,16 +125,15 @@ class Extracted(NamedTuple):
     facts: dict                   # seed, batch and speed, for the row of results
 
 
-def extracted(make_images, asked, extractor, shift=0.0, batch=250, seed=0, desc=None, folder=None,
-              every=1):
-    """The Extracted of all images; `every` thins features and logits, not mu and sigma."""
+def extracted(make_images, asked, extractor, shift=0.0, batch=250, seed=0, **how):
+    """The Extracted of all images; how: see `scored`, whose `every` thins features and logits."""
     moments = Moments(extractor.dim, shift, asked.device)
+    widths = extractor.dim, extractor.classes
 
     def score(part, img):
         features, logits = extract(extractor, img)
         moments.add(features)
         return torch.cat([features, logits], 1)
 
-    widths = extractor.dim, extractor.classes
-    both, facts = scored(make_images, asked, score, sum(widths), batch, seed, desc, folder, every)
+    both, facts = scored(make_images, asked, score, sum(widths), batch, seed, **how)
     return Extracted(*both.split(widths, 1), *moments.result(), facts)

@@ -1,12 +1,12 @@
-"""FID and its relatives: every formula is a function, and `image_metrics` takes them all of a model.
+"""FID and its relatives: every formula is a function, `image_metrics` takes them all of a model.
 
-With mean mu and covariance S of the features of real (1) and generated (2) images, and p(y|x) what a
-classifier says of an image,
+With mean mu and covariance S of the features of real (1) and generated (2) images, and p(y|x) what
+a classifier says of an image,
 
-    fid              |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))      Heusel et al. 2017
-    inception_score  exp(mean KL(p(y|x) || p(y)))                               Salimans et al. 2016
-    prdc             precision and recall                                       Kynkaanniemi et al. 2019
-                     density and coverage                                       Naeem et al. 2020
+    fid              |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))  Heusel et al. 2017
+    inception_score  exp(mean KL(p(y|x) || p(y)))                           Salimans et al. 2016
+    prdc             precision and recall                                   Kynkaanniemi et al. 2019
+                     density and coverage                                   Naeem et al. 2020
 """
 
 import math
@@ -18,36 +18,34 @@ import torch
 
 from machinery.errors import UserError
 from machinery.files import fingerprint
-from machinery.processes import gather, is_main
 from metrics.engine import extracted, scored
 
 METRICS = ("fid", "is", "prdc")
 
 
-# ------------------------------------------------------------------------ FID: between two Gaussians
-def frechet(mu1, sigma1, mu2, sigma2, trace_of_root):
-    d = mu1 - mu2
-    return float(d @ d + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
-
-
+# ----------------------------------------------------------------------- FID: between two Gaussians
 def fid(mu1, sigma1, mu2, sigma2):
-    """Frechet distance, by the matrix root. Rank-deficient covariances (of few images) are fine."""
+    """The Frechet distance two ways: by a matrix root, and without one, by eigenvalues.
+
+    tr(M^(1/2)) sums the roots of M's eigenvalues, M = S1 S2. Rank-deficient covariances (of few
+    images) are fine.
+    """
+    product = sigma1 @ sigma2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")               # "singular": as just said
-        root = scipy.linalg.sqrtm(sigma1 @ sigma2)
+        root = scipy.linalg.sqrtm(product)
         if not np.isfinite(root).all():
             eps = 1e-6 * np.eye(len(mu1))
             root = scipy.linalg.sqrtm((sigma1 + eps) @ (sigma2 + eps))
-    return frechet(mu1, sigma1, mu2, sigma2, np.trace(root).real)
+    roots = np.sqrt(np.linalg.eigvals(product).astype(complex))
+
+    d = mu1 - mu2
+    traces = {"fid": np.trace(root).real, "fid_eigenvalues": roots.real.sum()}
+    rest = d @ d + np.trace(sigma1) + np.trace(sigma2)
+    return {name: float(rest - 2 * trace) for name, trace in traces.items()}
 
 
-def fid_eigenvalues(mu1, sigma1, mu2, sigma2):
-    """The same number without a matrix root: tr(M^(1/2)) sums the roots of M's eigenvalues."""
-    roots = np.sqrt(np.linalg.eigvals(sigma1 @ sigma2).astype(complex))
-    return frechet(mu1, sigma1, mu2, sigma2, roots.real.sum())
-
-
-# ------------------------------------------------------------------ Inception Score: of a classifier
+# ----------------------------------------------------------------- Inception Score: of a classifier
 def inception_score(logits, shuffle=True, split_size=None):
     """(mean, population std) over splits of exp(mean KL(p(y|x) || p(y))), from logits (N, classes).
 
@@ -77,7 +75,7 @@ IS_CONVENTIONS = {
 }
 
 
-# -------------------------------------------------- precision, recall, density, coverage: of neighbors
+# ----------------------------------------------- precision, recall, density, coverage: of neighbors
 def squared_distances(a, b):
     """|a_i - b_j|^2 (n, m), by a matrix product: ten times faster than differences."""
     return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
@@ -100,64 +98,59 @@ def prdc(real, fake, k=3, block_bytes=2**26):
         raise UserError(f"{k} neighbors need more than {k} images a side: got {len(real)} real, "
                         f"{len(fake)} fake")
     center = real.double().mean(0)                    # from there, the same distances have
-    real = real.double() - center                     # smaller squares
-    fake = fake.double() - center
+    real, fake = real.double() - center, fake.double() - center       # smaller squares
     tie = 1e-12 * max(f.square().sum(1).max().item() for f in (real, fake))
 
-    def blocks(a, others):
-        return a.split(max(1, block_bytes // (8 * len(others))))
+    rows = max(1, block_bytes // (8 * max(len(real), len(fake))))
 
-    def radii(f):                                     # squared, (N,)
-        distances = (squared_distances(block, f) for block in blocks(f, f))
-        return torch.cat([d.kthvalue(k + 1).values for d in distances]) - tie
+    def inside(points, centers):
+        """In how many balls each point is, and whether each ball has a point inside."""
+        own = (squared_distances(block, centers) for block in centers.split(rows))
+        radii = torch.cat([d.kthvalue(k + 1).values for d in own]) - tie       # squared
+        counts, full = [], torch.zeros_like(radii, dtype=torch.bool)
+        for block in points.split(rows):
+            within = squared_distances(block, centers) < radii                 # (b, centers)
+            counts.append(within.sum(1))
+            full = full | within.any(0)               # if any point is inside, the nearest one is
+        return torch.cat(counts), full
 
-    r_real = radii(real)
-    r_fake = radii(fake)
-    precise = inside = 0
-    recalled = covered = torch.zeros_like(r_real, dtype=torch.bool)
-    for block, r_block in zip(blocks(fake, real), blocks(r_fake, real)):
-        d = squared_distances(block, real)                       # (b, N real)
-        in_real = d < r_real
-        precise += in_real.any(1).sum().item()
-        inside += in_real.sum().item()
-        covered = covered | in_real.any(0)            # if any fake is inside, the nearest one is
-        recalled = recalled | (d < r_block[:, None]).any(0)
+    def share(hits):
+        return hits.double().mean().item()
+
+    in_real, covered = inside(fake, real)
+    in_fake, _ = inside(real, fake)
     return dict(
-        precision=precise / len(fake),
-        recall=recalled.double().mean().item(),
-        density=inside / (k * len(fake)),
-        coverage=covered.double().mean().item(),
+        precision=share(in_real > 0),
+        recall=share(in_fake > 0),
+        density=in_real.sum().item() / (k * len(fake)),
+        coverage=share(covered),
     )
 
 
-# ------------------------------------------------------------------------------- all of it, of a model
-def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, desc=None,
-                  metrics=METRICS, folder=None):
+# ---------------------------------------------------------------------------- all of it, of a model
+def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, metrics=METRICS,
+                  **how):
     """A row of results, a dict: some of METRICS of the images of `asked`, and what they depend on.
 
-    make_images, asked, desc, folder: see metrics/engine.py. Without an extractor, images are only
-    drawn and timed.
+    make_images, asked, and `how` (desc, folder): see `scored` in metrics/engine.py. Without an
+    extractor, images are only drawn and timed.
     """
+    row = {"n": len(asked)}
     if extractor is None:
         def nothing(part, img):
             return torch.zeros(len(img), 1)
 
-        _, facts = scored(make_images, asked, nothing, 1, batch, seed, desc, folder)
-        return dict(n=len(asked), **facts)
+        _, facts = scored(make_images, asked, nothing, 1, batch, seed, **how)
+        return row | facts
 
-    fake = extracted(make_images, asked, extractor, reference.mu, batch, seed, desc, folder)
-    row = dict(n=len(asked))
+    fake = extracted(make_images, asked, extractor, reference.mu, batch, seed, **how)
     if "fid" in metrics:
-        distances = None
-        if is_main():                                 # half a minute of a core at 2048 features
-            both = fake.mu, fake.sigma, reference.mu, reference.sigma
-            distances = fid(*both), fid_eigenvalues(*both)
-        row["fid"], row["fid_eigenvalues"] = gather(distances)[0]
+        row |= fid(fake.mu, fake.sigma, reference.mu, reference.sigma)
     if "is" in metrics:
         for name, convention in IS_CONVENTIONS.items():
             row[name], row[f"{name}_std"] = inception_score(fake.logits, **convention)
     if "prdc" in metrics and reference.features is not None:
-        row.update(prdc(reference.features, fake.features), k=3)
+        row |= prdc(reference.features, fake.features) | {"k": 3}
     return {
         **row,
         **fake.facts,

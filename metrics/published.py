@@ -1,8 +1,8 @@
 """The paper's own numbers, to stand beside a row of the same teacher.
 
-After the teacher's name comes the number of the teacher's steps, or which student it is. fid_coco and
-fid_mjhq are of 30,000 prompts each, hps is the average of v2.1, all ImageNet rows have 50,000 images
-and their best temperature. Tab. 11's 16 steps are as measured there.
+After the teacher's name comes the number of the teacher's steps, or which student it is. fid_coco
+and fid_mjhq are of 30,000 prompts each, hps is the average of v2.1, all ImageNet rows have 50,000
+images and their best temperature. Tab. 11's 16 steps are as measured there.
 """
 
 PUBLISHED = """
@@ -45,8 +45,8 @@ def published(row, config):
     their teacher.
     """
     if row["kind"] == "teacher":
-        halton = row.get("order") == "halton"
-        kinds = [f"{row['steps']}-halton" if halton else str(row["steps"])]
+        suffix = "-halton" if row.get("order") == "halton" else ""
+        kinds = [f"{row['steps']}{suffix}"]
     elif not config:
         kinds = ["Di[M]O", "Soft-Di[M]O", "longer"]
     elif not (config.get("gan") or config.get("reward")):
@@ -62,14 +62,17 @@ def published(row, config):
     found = []
     for line in PUBLISHED.strip().splitlines():
         teacher, kind, place, *pairs = line.split()
-        numbers = dict(zip(pairs[::2], map(float, pairs[1::2])))
-        numbers = {metric: number for metric, number in numbers.items() if metric in measured}
+        numbers = {metric: float(number) for metric, number in zip(pairs[::2], pairs[1::2])
+                   if metric in measured}
         if teacher == row["teacher"] and kind in kinds and numbers:
             found.append({"of": kind, "table": place, **numbers})
     return found
 
 
-def in_words(entry):
-    """An entry of `published`: its numbers, and where they stand."""
-    numbers = [f"{key} {value:g}" for key, value in entry.items() if key not in ("of", "table")]
-    return f"{entry['of']}: {', '.join(numbers)} ({entry['table']})"
+def in_words(entries):
+    """What `published` found: the numbers, and where they stand."""
+    words = []
+    for entry in entries:
+        numbers = [f"{key} {entry[key]:g}" for key in entry if key not in ("of", "table")]
+        words.append(f"{entry['of']}: {', '.join(numbers)} ({entry['table']})")
+    return "; ".join(words)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.images import folder_images
-from machinery.errors import UserError
+from machinery.errors import UserError, explain
 from machinery.files import fingerprint, replacing
 from machinery.processes import is_main
 from metrics.benchmarks import RANDOM
@@ -40,41 +40,48 @@ def load_reference(path, dim, device="cpu", made=None):
 
     made: how its images should have been prepared; a file of --save_reference says how they were.
     """
-    try:
-        with np.load(path) as f:
-            mu, sigma = f["mu"].astype(np.float64), f["sigma"].astype(np.float64)
-            features = f.get("features")
-            was = str(f["made"]) if "made" in f else made
-    except Exception as err:                          # numpy raises a dozen kinds for other files
-        raise UserError(f"cannot read statistics from {path} ({err}): expected an .npz with mu and "
-                        "sigma")
+    sentence = f"cannot read statistics from {path} ({{}}): expected an .npz with mu and sigma"
+    with explain(sentence, Exception), np.load(path) as f:       # numpy raises a dozen kinds
+        mu, sigma = f["mu"].astype(np.float64), f["sigma"].astype(np.float64)
+        features = f.get("features")
+        was = str(f.get("made", made))
     width = dim if features is None else features.shape[-1]
     if (mu.shape, sigma.shape, width) != ((dim,), (dim, dim), dim):
-        raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} and "
-                        f"{sigma.shape}: made with another feature network?")
+        raise UserError(f"{path}: expected mu ({dim},) and sigma ({dim}, {dim}), got {mu.shape} "
+                        f"and {sigma.shape}: made with another feature network?")
     if made and was != made:
         raise UserError(f"--reference {path} was made with {was}, and these flags say {made}: both "
                         "sides must agree")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    if not np.isfinite(mu.sum() + sigma.sum()):
         raise UserError(f"{path}: its mu or sigma is not finite")
     if features is not None:
         features = torch.from_numpy(features).float().to(device)
     return Reference(mu, sigma, features, f"{os.path.basename(path)} {fingerprint([mu, sigma])}")
 
 
-def npz_images(path):
-    """`arr_0` of an .npz: uint8 images (n, 3, H, W), or None.
+def with_neighbors(reference, path, args, net, device):
+    """The reference of a file; where it has no features, with those of its `arr_0`.
 
-    ADM's file has 10,000 of them; its mu and sigma are of the whole training set.
+    Those are images, uint8 (n, H, W, 3). ADM's file has 10,000 of them; its mu and sigma are of the
+    whole training set.
     """
+    if reference.features is not None or "prdc" not in (args.metrics or METRICS):
+        return reference
     with np.load(path) as f:
         img = f.get("arr_0")
     if img is None:
-        return None
+        if args.metrics:
+            raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor "
+                            "features: take --reference adm, or --real FOLDER")
+        return reference
     if img.dtype != np.uint8 or img.shape[3:] != (3,):
-        raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, got "
-                        f"{img.dtype} {img.shape}")
-    return torch.from_numpy(img).permute(0, 3, 1, 2)
+        raise UserError(f"--reference {path}: expected images, uint8 (n, H, W, 3), in its arr_0, "
+                        f"got {img.dtype} {img.shape}")
+    img = torch.from_numpy(img).permute(0, 3, 1, 2)
+    real = extracted(lambda i, **_: img[i.cpu()], torch.arange(len(img), device=device), net,
+                     batch=args.batch or 64, desc="arr_0")
+    name = f"{reference.name}, neighbors: its {len(img):,} images"
+    return reference._replace(features=real.features, name=name)
 
 
 # --------------------------------------------------------------------------------- from a folder
@@ -94,7 +101,7 @@ def folder_reference(folder, extractor, device, batch):
     return Reference(real.mu, real.sigma, real.features, name)
 
 
-# --------------------------------------------------------------------- as the flags of evaluate.py say
+# ------------------------------------------------------------------ as the flags of evaluate.py say
 def check_sides(args):
     """Complain of flags that do not say one real side, before any model is read."""
     if not (args.reference or args.real):
@@ -103,40 +110,24 @@ def check_sides(args):
             needs += ["inception", "resize", "crop"]
         for flag in needs:
             if getattr(args, flag):
-                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference PATH.npz, "
-                                "or --real FOLDER")
+                raise UserError(f"--{flag} belongs to a FID by Inception: add --reference "
+                                "PATH.npz, or --real FOLDER")
         return
     if args.reference and args.real and not args.reconstruction:
         raise UserError(f"--reference {args.reference} and --real {args.real} are both the real "
                         "side: give one")
     if args.reconstruction and not args.real:
-        raise UserError(f"--reconstruction against --reference {args.reference}: add --real FOLDER, "
-                        "what to reconstruct")
+        raise UserError(f"--reconstruction against --reference {args.reference}: add --real "
+                        "FOLDER, what to reconstruct")
     if args.save_reference and (not args.real or args.reconstruction):
-        raise UserError(f"--save_reference {args.save_reference} keeps the statistics of a folder: "
-                        "add --real FOLDER")
-
-
-def with_neighbors(reference, path, metrics, extractor, device, batch):
-    """The reference of a file; where it has no features, with those of the images in it."""
-    if reference.features is not None or "prdc" not in (metrics or METRICS):
-        return reference
-    img = npz_images(path)
-    if img is not None:
-        real = extracted(lambda i, **_: img[i.cpu()], torch.arange(len(img), device=device),
-                         extractor, batch=batch, desc="arr_0")
-        name = f"{reference.name}, neighbors: its {len(img):,} images"
-        return reference._replace(features=real.features, name=name)
-    if metrics:
-        raise UserError(f"--metrics prdc needs real images, and {path} holds neither arr_0 nor "
-                        "features: take --reference adm, or --real FOLDER")
-    return reference
+        raise UserError(f"--save_reference {args.save_reference} keeps the statistics of a "
+                        "folder: add --real FOLDER")
 
 
 def inception(args, mode, device):
     """Inception as the flags say, and what rows say of it."""
-    random = args.random_weights and not args.inception
     weights = args.inception or "plain"
+    random = args.random_weights and not args.inception
     net = load_inception(weights, mode, args.crop, device, random)
     net.facts = dict(resize=mode, crop="coco_crop to 256 px" if args.crop else None,
                      features="fp32", inception="random" if random else os.path.basename(weights))
@@ -152,19 +143,20 @@ def load_feature_space(args, device):
     real side, and the Reference is None.
     """
     check_sides(args)
-    if not (args.reference or args.real):
+    path, mode = args.reference, args.resize or RESIZES[0]
+    if not (path or args.real):
         return None
-    mode, batch = args.resize or RESIZES[0], args.batch or 64
     made = f"resize {mode}, {'coco_crop' if args.crop else 'no crop'}"
-    if args.reference:                                # first: it is read faster than Inception
-        path = download(ADM, None, "--reference") if args.reference == "adm" else args.reference
+    if path == "adm":
+        path = download(ADM, None, "--reference")
+    if path:
         reference = load_reference(path, Inception.dim, device, made)
-    net = inception(args, mode, device)
-    if args.reference:
-        return net, with_neighbors(reference, path, args.metrics, net, device, batch)
+    net = inception(args, mode, device)               # after the file, which is read faster
+    if path:
+        return net, with_neighbors(reference, path, args, net, device)
     if args.reconstruction:
         return net, None
-    reference = folder_reference(args.real, net, device, batch)
+    reference = folder_reference(args.real, net, device, args.batch or 64)
     if args.save_reference and is_main():
         with replacing(args.save_reference) as f:
             np.savez(f, mu=reference.mu, sigma=reference.sigma, made=made,

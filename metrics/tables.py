@@ -1,15 +1,18 @@
 """Rows of results as tables, sentences and footnotes."""
 
+from operator import itemgetter
+
 from metrics.published import in_words
 
-COLUMNS = {                                           # key of a row: its format
-    "steps": "d", "temperature": "g", "guidance": "g", "n": "d", "fid": ".2f", "is": ".2f",
-    "geneval": ".3f", "single_object": ".2f", "two_object": ".2f", "counting": ".2f",
-    "colors": ".2f", "position": ".2f", "color_attr": ".2f",
-    "clip": ".2f", "imagereward": ".2f", "chroma": ".3f", "clip_score": ".4f",
-    "hps": ".2f", "anime": ".2f", "concept-art": ".2f", "paintings": ".2f", "photo": ".2f",
-    "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f",
+# Keys of rows, in the order of columns.
+COLUMNS = ("steps temperature guidance n fid is geneval single_object two_object counting colors "
+           "position color_attr clip imagereward chroma clip_score hps anime concept-art paintings "
+           "photo precision recall density coverage images/s tokens_only/s psnr published").split()
+FORMATS = {                                           # of what is not .2f
+    "steps": "d", "n": "d", "temperature": "g", "guidance": "g",
     "images/s": ".1f", "tokens_only/s": ".1f",
+    "geneval": ".3f", "chroma": ".3f", "clip_score": ".4f",
+    "precision": ".3f", "recall": ".3f", "density": ".3f", "coverage": ".3f",
 }
 
 
@@ -25,19 +28,20 @@ def small_print(row):
     each = f", {row['per_class']:g} images per class" if row.get("per_class") else ""
     return (f"FID: {row['extractor']} ({row['inception']}), resize {row['resize']}, "
             f"{row['crop'] or 'no crop'}, in float32, against {row['reference']}; "
-            f"N = {row['n']}{each}, seed {row['seed']}, {row['pixels']}. IS: torch-fidelity's splits "
-            f"(is_stylegan, is_adm: table.json). {row.get('note', '')}").strip()
+            f"N = {row['n']}{each}, seed {row['seed']}, {row['pixels']}. IS: torch-fidelity's "
+            f"splits (is_stylegan, is_adm: table.json). {row.get('note', '')}").strip()
 
 
 def speedup(rows):
     """How much faster the fastest student is than the teacher's most steps, or None."""
-    timed = [row for row in rows if row.get("images/s")]
-    teachers = [row for row in timed if row.get("kind") == "teacher"]
-    students = [row for row in timed if row.get("kind") == "student"]
+    def timed(kind):
+        return [row for row in rows if row.get("kind") == kind and row.get("images/s")]
+
+    teachers, students = timed("teacher"), timed("student")
     if not (teachers and students):
         return None
-    slow = max(teachers, key=lambda row: row["steps"])
-    fast = max(students, key=lambda row: row["images/s"])
+    slow = max(teachers, key=itemgetter("steps"))
+    fast = max(students, key=itemgetter("images/s"))
     image, tokens = (fast[key] / slow[key] for key in ("images/s", "tokens_only/s"))
     return (f"One step is {image:.1f} times faster per image than the teacher's {slow['steps']} "
             f"steps; {tokens:.1f} times without the decoder, which both share.")
@@ -45,31 +49,29 @@ def speedup(rows):
 
 def cell(row, key):
     value = row.get(key)
-    return "-" if value is None else format(value, COLUMNS[key])
+    if value is None:
+        return "-"
+    return in_words(value) if key == "published" else format(value, FORMATS.get(key, ".2f"))
 
 
 def table(rows):
     """Markdown: a line per row, the paper's numbers in the last column, and notes below."""
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = [["model", *(key.replace("_", " ") for key in columns)]]
-    for row in rows:
-        lines.append([row.get("model", "-"), *(cell(row, key) for key in columns)])
-    if any("published" in row for row in rows):
-        lines[0].append("published (the paper's, not measured here)")
-        for line, row in zip(lines[1:], rows):
-            line.append("; ".join(map(in_words, row.get("published", []))) or "-")
+    titles = [key.replace("_", " ") for key in columns]
+    if "published" in columns:
+        titles[-1] += " (the paper's, not measured here)"
+    lines = [["model", *titles]]
+    lines += [[row["model"], *(cell(row, key) for key in columns)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
 
-    notes = [row.get("note") for row in rows]
+    notes = [row.get("note") for row in rows] + [speedup(rows)]
     small = sorted({row["n"] for row in rows if "fid" in row and row["n"] < 10_000})
     if small:
         notes.insert(0, f"N = {', '.join(map(str, small))}: below 10,000, FID is biased upward; "
                         "compare at equal N.")
-    notes.append(speedup(rows))
-    notes = dict.fromkeys(filter(None, notes))                   # each once
-    return "\n\n".join(["\n".join(text), *notes])
+    return "\n\n".join(["\n".join(text), *dict.fromkeys(filter(None, notes))])      # each once
 
 
 def report(rows):
@@ -81,13 +83,12 @@ def report(rows):
     text, joint = [], []
     for model, own in by_model.items():
         swept = [row for row in own if row["kind"] == "student" and "fid" in row]
-        if len({row["temperature"] for row in swept}) > 1:
-            best = min(swept, key=lambda row: row["fid"])
+        best = min(swept, key=itemgetter("fid"), default=None)
+        if len(swept) > 1:
             argmax = "" if best["temperature"] else " (argmax)"
             text += [table(own), f"{model}: the best of {len(swept)} temperatures is "
                                  f"{best['temperature']:g}{argmax}, FID {best['fid']:.2f}"]
-            own = [row for row in own if row is best or row not in swept]
-        joint += own
+        joint += [row for row in own if row is best or row not in swept]
     if len(by_model) > 1 or not text:
         text.append(table(joint))
     return "\n\n".join(text)

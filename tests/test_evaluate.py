@@ -225,7 +225,7 @@ def test_a_row_names_everything_that_makes_fids_differ(small, tmp_path, capsys):
 
 def test_only_the_metrics_asked_for_are_computed(small, tmp_path, monkeypatch):
     path = adm_like(tmp_path / "ref.npz", arr_0=black(20))
-    for module, name in ((fid, "prdc"), (fid, "fid"), (reference, "npz_images")):
+    for module, name in ((fid, "prdc"), (fid, "fid"), (reference, "extracted")):
         monkeypatch.setattr(module, name, None)                               # a call would fail
     row, = command(tmp_path, "--teacher", "maskgit-tiny", "--steps", 1, "--n", 12,
                    "--reference", path, "--metrics", "is")
@@ -307,16 +307,16 @@ def test_what_a_fid_cannot_be_made_of_is_a_sentence_before_anything_is_drawn(sma
 
 
 def test_imagenet_has_adms_reference_and_50_000_images_unless_told(small, tmp_path, monkeypatch):
-    path, asked = adm_like(tmp_path / "adm.npz", arr_0=black(20)), []
+    path, called = adm_like(tmp_path / "adm.npz", arr_0=black(20)), []
     teacher = load_teacher("maskgit-tiny", random_weights=True)
     spec = dataclasses.replace(teacher.spec, name="maskgit", image=(3, 256, 256),
                                net={**teacher.spec.net, "classes": 1000})
     teacher = teacher._replace(spec=spec)
 
-    def metrics_of(make, labels, extractor, real, *args, metrics, **kw):
-        per_class = labels.bincount().unique().tolist()
-        asked.append((len(labels), per_class, real.name.split()[0], metrics))
-        return dict(n=len(labels), fid=7.0, extractor="x", reference=real.name, seed=0,
+    def metrics_of(make, asked, extractor, reference, metrics, **kw):
+        per_class = asked.bincount().unique().tolist()
+        called.append((len(asked), per_class, reference.name.split()[0], metrics))
+        return dict(n=len(asked), fid=7.0, extractor="x", reference=reference.name, seed=0,
                     **extractor.facts)
 
     monkeypatch.setattr(reference, "download", lambda url, digest, flag: path)
@@ -326,7 +326,7 @@ def test_imagenet_has_adms_reference_and_50_000_images_unless_told(small, tmp_pa
     monkeypatch.setattr(evaluate, "fixed_sample",
                         lambda *_: torch.zeros(4, 3, 256, 256, dtype=torch.uint8))
     row, = command(tmp_path, "--teacher", "maskgit", "--steps", 8, "--metrics", "fid", "is")
-    assert asked == [(50_000, [50], "adm.npz", ["fid", "is"])] and row["per_class"] == 50
+    assert called == [(50_000, [50], "adm.npz", ["fid", "is"])] and row["per_class"] == 50
     assert row["published"] == [{"of": "8", "table": "Tab.2", "fid": 6.66}]
 
 
@@ -371,6 +371,7 @@ def test_reconstruction_of_a_folder_has_the_psnr_of_its_crops_and_a_fid_against_
         error += (back.to(torch.uint8).double() - img).square().mean().item()
     assert row["psnr"] == pytest.approx(10 * math.log10(255**2 / (error / 12)), abs=1e-6)
     assert row["fid"] > 0 and row["n"] == 12
+    assert f"| {row['psnr']:.2f} |" in (tmp_path / "out" / "table.md").read_text()
     assert row["reference"].startswith("the same 12 images")
 
 
