@@ -48,8 +48,8 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, norm_groups, bit=False):
         super().__init__()
         self.bit = bit
-        self.norm1 = nn.GroupNorm(norm_groups, c_in, eps=1e-6)
-        self.norm2 = nn.GroupNorm(norm_groups, c_out, eps=1e-6)
+        self.norm1 = nn.GroupNorm(norm_groups, c_in, 1e-6)
+        self.norm2 = nn.GroupNorm(norm_groups, c_out, 1e-6)
         self.conv1 = conv3(c_in, c_out, bias=not bit)
         self.conv2 = conv3(c_out, c_out, bias=not bit)
         if c_in != c_out:
@@ -68,7 +68,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, width, norm_groups):
         super().__init__()
-        self.norm_in = nn.GroupNorm(norm_groups, width, eps=1e-6)
+        self.norm_in = nn.GroupNorm(norm_groups, width, 1e-6)
         self.attn = Attention(width, heads=1)
 
     def forward(self, x):
@@ -133,7 +133,7 @@ class Encoder(nn.Sequential):
         self.conv_in = conv3(channels, widths[0], bias=not bit)
         self.down = levels(order, "down", widths, attention, blocks, norm_groups, bit)
         self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
-        self.norm_out = nn.GroupNorm(norm_groups, widths[-1], eps=1e-6)
+        self.norm_out = nn.GroupNorm(norm_groups, widths[-1], 1e-6)
         self.silu = nn.SiLU()
         self.conv_out = nn.Conv2d(widths[-1], latent, 1) if bit else conv3(widths[-1], latent)
 
@@ -147,7 +147,7 @@ class Decoder(nn.Sequential):
         self.conv_in = conv3(latent, widths[-1])
         self.mid = middle(widths[-1], attention, blocks, norm_groups, bit)
         self.up = levels(order, "up", widths, attention, blocks, norm_groups, bit)
-        self.norm_out = nn.GroupNorm(norm_groups, widths[0], eps=1e-6)
+        self.norm_out = nn.GroupNorm(norm_groups, widths[0], 1e-6)
         self.silu = nn.SiLU()
         self.conv_out = conv3(widths[0], channels)
 
