@@ -60,6 +60,7 @@ def reconstruction(teacher, source, images, n, extractor, reference, batch, devi
         yield row(f"real {source}", real)
     else:
         before = extracted(real, asked, extractor, batch=batch, desc=f"real {source}")
+        complain()
         name = f"the same {len(asked):,} images before"
         reference = Reference(before.mu, before.sigma, before.features, name)
     found = row(f"{source} reconstructed", rebuilt)

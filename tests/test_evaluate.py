@@ -381,6 +381,10 @@ def test_reconstruction_against_a_reference_has_a_row_of_the_images_themselves(s
                          "--reference", adm_like(tmp_path / "r.npz"), "--metrics", "fid")
     assert (real["model"], back["model"]) == (f"real {folder}", f"{folder} reconstructed")
     assert real["fid"] != back["fid"] and "psnr" in back and "psnr" not in real
+    (tmp_path / "a" / "07.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="1 of 12 images cannot be read"):
+        command(tmp_path, "--reconstruction", "--teacher", "maskgen-tiny", "--real", folder,
+                "--metrics", "fid")
 
 
 # ------------------------------------------------------------------------------------ many processes
