@@ -28,7 +28,7 @@ class ViTHalf(Network):
 
     def through(self, patches, *others):
         """Patches (B, places, width), a class token before them, other sequences behind."""
-        first = self.class_embedding.expand(len(patches), 1, -1)
+        first = self.class_embedding.expand(patches.shape[0], 1, -1)
         h = torch.cat([first, patches], 1) + self.positional_embedding
         h, _ = self.walk(self.transformer, self.ln_pre(torch.cat([h, *others], 1)))
         return h
@@ -43,7 +43,7 @@ class TiTokEncoder(ViTHalf):
     def forward(self, img, latent_tokens):
         queries = latent_tokens + self.latent_token_positional_embedding
         patches = as_rows(self.patch_embed(img))
-        h = self.through(patches, queries.expand(len(img), -1, -1))   # (B, 1 + places + L, width)
+        h = self.through(patches, queries.expand(img.shape[0], -1, -1))   # (B, 1 + places + L, width)
         return self.conv_out(self.ln_post(h[:, -len(queries) :]))     # (B, L, embed)
 
 
@@ -61,7 +61,7 @@ class TiTokDecoder(ViTHalf):
     def forward(self, e, guide):
         """e (B, L, embed), guide (B, text, text_width) -> images (B, 3, H, W), about in [0, 1]."""
         places = len(self.positional_embedding) - 1
-        blank = self.mask_token.expand(len(e), places, -1)
+        blank = self.mask_token.expand(e.shape[0], places, -1)
         tokens = self.decoder_embed(e) + self.latent_token_positional_embedding
         text = self.text_guidance_proj(guide) + self.text_guidance_positional_embedding
         h = self.through(blank, tokens, text)[:, 1 : 1 + places]
