@@ -54,8 +54,10 @@ def instances(z_class, z_mask, padded, resized, size, best=100):
     score = p * sure[query]
     pixels = mask.byte().cpu().numpy()
     found = {}
-    for s, q, c in zip(score.tolist(), query.tolist(), label.tolist()):
-        box = Box(Image.fromarray(pixels[q]).getbbox() or (0, 0, 0, 0))   # None: an empty mask
+    pairs = zip(score.tolist(), query.tolist(), label.tolist())
+    for s, q, c in pairs:
+        corners = Image.fromarray(pixels[q]).getbbox()
+        box = Box(corners or (0, 0, 0, 0))                # None: an empty mask
         box.mask = mask[q]
         found.setdefault(CLASSES[c], []).append((box, s))
     return found
@@ -70,7 +72,8 @@ def mask2former(net, device="cpu"):
         h, w = int(H * scale + 0.5), int(W * scale + 0.5)
         img = TF.pil_to_tensor(image)[None].to(device).float()    # (1, 3, H, W), 0 to 255
         img = F.interpolate(img, (h, w), mode="bilinear").round()     # OpenCV's: no antialias
-        img = F.pad(TF.normalize(img, MEAN, STD), (0, -w % 32, 0, -h % 32))
+        img = TF.normalize(img, MEAN, STD)
+        img = F.pad(img, (0, -w % 32, 0, -h % 32))
         out = net(pixel_values=img)
         z_class, z_mask = out.class_queries_logits[0], out.masks_queries_logits[0]
         return instances(z_class, z_mask, img.shape[2:], (h, w), (H, W))

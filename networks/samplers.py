@@ -37,7 +37,9 @@ def hidden_counts(units, N, schedule):
     hidden = units
     for i in range(1, N):
         ratio = float(schedule_ratio(i / N, schedule))
-        hidden = max(min(math.floor(units * ratio), hidden - 1), 1)
+        wanted = math.floor(units * ratio)
+        hidden = min(wanted, hidden - 1)
+        hidden = max(hidden, 1)
         yield hidden
     yield 0
 
@@ -52,8 +54,12 @@ def maskbit_plan(units, N, guidance=0.0, temperature=0.0, schedule="arccos"):
 
     temperature T: noise T (1 - (i+1)/N).
     """
-    return [Step(1 + guidance * rise((i / N) ** 3), temperature * (1 - (i + 1) / N), hidden)
-            for i, hidden in enumerate(hidden_counts(units, N, schedule))]
+    plan = []
+    for i, hidden in enumerate(hidden_counts(units, N, schedule)):
+        s = guidance * rise((i / N) ** 3)
+        noise = temperature * (1 - (i + 1) / N)
+        plan.append(Step(1 + s, noise, hidden))
+    return plan
 
 
 def maskgit_plan(units, N, guidance=3.0, temperature=4.5, schedule="arccos"):
@@ -65,16 +71,22 @@ def maskgit_plan(units, N, guidance=3.0, temperature=4.5, schedule="arccos"):
     ratio = schedule_ratio(torch.linspace(1, 0, N), schedule)
     revealed = ratio / ratio.sum().clamp(min=1e-9) * units
     revealed = revealed.round().clamp(min=1).int()                          # half to even
-    hidden = (units - revealed.cumsum(0)).clamp(min=0).tolist()
+    hidden = units - revealed.cumsum(0)
+    hidden = hidden.clamp(min=0).tolist()
     hidden[-1] = 0
     fs = [i / (N - 1) for i in range(N - 1)] + [1.0]
-    return [Step(1 + guidance * f, temperature * (1 - f), k) for f, k in zip(fs, hidden)]
+    plan = []
+    for f, k in zip(fs, hidden):
+        w = 1 + guidance * f
+        plan.append(Step(w, temperature * (1 - f), k))
+    return plan
 
 
 def meissonic_plan(units, N, guidance=9.0, temperature=2.0, schedule="cosine"):
     """guidance: w itself, constant. temperature T: noise, from T in the first step to 0."""
     noise = torch.linspace(temperature, 0, N).tolist()
-    return [Step(guidance, *row) for row in zip(noise, hidden_counts(units, N, schedule))]
+    hidden = hidden_counts(units, N, schedule)
+    return [Step(guidance, *row) for row in zip(noise, hidden)]
 
 
 def maskgen_plan(units, N, guidance=12.0, temperature=2.0, schedule="arccos"):
@@ -88,7 +100,8 @@ def maskgen_plan(units, N, guidance=12.0, temperature=2.0, schedule="arccos"):
         r = (i + 1) / N
         s = 1 + (guidance - 1) * rise(r)
         noise = temperature * (1 - r)
-        plan.append(Step(1 + s, noise, hidden, 0.5 + 0.8 * (1 - r), draw=noise, by_logit=True))
+        divide = 0.5 + 0.8 * (1 - r)
+        plan.append(Step(1 + s, noise, hidden, divide, draw=noise, by_logit=True))
     return plan
 
 
@@ -108,9 +121,11 @@ def sample(net, cond, plan, *, x=None, order=None, rand=torch.rand):
     for i, step in enumerate(plan):
         e = embed_tokens(x, E, bias)
         cond_i = net.at(cond, len(plan) - 1 - i)
-        z = guided_logits(net, e, cond_i, step.w).float() / step.divide     # (B, L, G, V)
+        z = guided_logits(net, e, cond_i, step.w)                           # (B, L, G, V)
+        z = z.float() / step.divide
         u, u_noise = rand(2, *x.shape, device=x.device)
-        drawn = torch.where(masked, sample_tokens(z, step.draw, u), x)
+        guess = sample_tokens(z, step.draw, u)
+        drawn = torch.where(masked, guess, x)
         if not step.hidden:
             return drawn.clamp(max=net.V - 1)
         if order is None:
@@ -123,7 +138,8 @@ def sample(net, cond, plan, *, x=None, order=None, rand=torch.rand):
         k = (masked.flatten(1).sum(1) - 1).clamp(1, step.hidden)            # (B,)
         ranked = confidence.flatten(1).sort(1).values                       # all units of a sample
         threshold = ranked.gather(1, k[:, None] - 1)                        # (B, 1)
-        masked = masked & (confidence <= threshold[:, None])
+        unsure = confidence <= threshold[:, None]
+        masked = masked & unsure
         x = torch.where(masked, net.V, drawn)
 
 
