@@ -282,6 +282,20 @@ def test_every_tiny_teacher_is_evaluated_beside_its_student(name, tmp_path):
         assert sheet.size[0] > 3 * W and sheet.size[1] > 2 * H
 
 
+def test_a_run_on_fashion_ends_with_a_table_of_fids_beside_the_teachers_record(tmp_path):
+    c = settle(dict(teacher="maskbit-tiny", gan=False, steps=1, student_start=0, batch=4, warmup=0,
+                    eval_every=1, n_eval=64, device="cpu", dtype="fp32", out=f"{tmp_path}/run"))
+    train.train(c)
+    with open(f"{c.out}/results.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    assert [row["model"] for row in rows] == ["start of this run", "student, step 1"]
+    for row in rows:
+        assert {"fid", "is", "precision", "recall", "density", "coverage"} <= row.keys()
+        assert row["n"] == 64 and row["extractor"].startswith("FashionNet")
+    with open(f"{c.out}/table.md") as f:
+        assert "student, step 1" in f.read()
+
+
 def test_the_shipped_teacher_draws_what_it_is_told_in_many_steps_and_not_in_one():
     teacher = load_teacher("meissonic-tiny")
     judge = load_judge(teacher)

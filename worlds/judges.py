@@ -24,7 +24,7 @@ from worlds.shapes import SHAPES, benchmark, detect
 def judge_fashion(teacher, extractor, reference, make_images, n, batch=250, seed=0, desc=None):
     """FID and its relatives in FashionNet's feature space, on n images, all classes in turn."""
     asked = in_turn(teacher.conditions(), n)
-    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc)
+    return image_metrics(make_images, asked, extractor, reference, batch, seed, desc=desc)
 
 
 @torch.no_grad()
