@@ -32,8 +32,8 @@ from data.tokens import RealTokens, TextFeatures, synthetic_prompts
 from dimo import (aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
-from machinery.checkpoint import (FORMAT, logged_evaluations, restarted, resumed_settings,
-                                  save_checkpoint, trim_log)
+from machinery.checkpoint import (FORMAT, due, logged_evaluations, restarted,
+                                  resumed_settings, save_checkpoint, trim_log)
 from machinery.errors import UserError, guard
 from machinery.files import local, read_tensors
 from machinery.optim import Trained, ema_update, lr_factor
@@ -500,11 +500,6 @@ def open_files(run):
             f"process(es), {run.device}, {c.dtype}; step {run.first_step} of {c.steps}")
     if not c.profile:
         run.say("settings", json.dumps(vars(c)))
-
-
-def due(step, every, last):
-    """Is it time, after `step` updates? At every `every`-th, and at the last."""
-    return step % every == 0 or step >= last
 
 
 def count(module):

@@ -16,6 +16,11 @@ FIXED = ("teacher", "recipe", "seed", "batch", "gan", "heads", "head_width", "he
          "optimizer")
 
 
+def due(step, every, last):
+    """Is it time, after `step` updates? At every `every`-th, and at the last."""
+    return step % every == 0 or step >= last
+
+
 def save_checkpoint(path, state):
     """Write beside the old checkpoint, then rename: a kill or a full disk at any moment leaves
     the old one whole.

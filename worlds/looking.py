@@ -7,6 +7,7 @@ import functools
 import json
 
 from data.tokens import write_lines
+from machinery.checkpoint import due
 from machinery.files import local
 from machinery.pictures import sheet, spread
 from machinery.processes import is_main
@@ -39,7 +40,7 @@ def write_sheet(run, name, strips):
 def look(run, step):
     """Every --eval_every steps and at the end: a row of metrics, and a strip of samples."""
     c = run.c
-    if not c.eval_every or (step % c.eval_every and step < c.steps):
+    if not c.eval_every or not due(step, c.eval_every, c.steps):
         return
     name = f"student, step {step}" if step else "start of this run"
     make_images = one_step(run, run.ema)
