@@ -115,6 +115,14 @@ def guided_logits(net, e, cond, w):
 
 
 # --------------------------------------------------------------------- the gradient of Eq. 2
+def divergence(z_teacher, z_aux, mask, beta=0.0):
+    """D(p_phi || p_psi) summed over the masked units of each image, (B,): only to be logged."""
+    log_q, log_p = z_teacher.float().log_softmax(-1), z_aux.float().log_softmax(-1)
+    weight = (1 - beta) * log_q.exp() - beta * log_p.exp()
+    D = (weight * (log_q - log_p)).sum(-1)                                  # (B, L, G)
+    return (D * mask).flatten(1).sum(1)
+
+
 def divergence_grad(z_teacher, z_aux, mask, beta=0.0):
     """g (B, L, G, V): gradient of D(p_phi || p_psi) at z_aux, zero where mask (B, L, G) is false.
 
@@ -136,17 +144,20 @@ def divergence_grad(z_teacher, z_aux, mask, beta=0.0):
 
 @torch.no_grad()
 def dimo_grad(teacher, aux, e_t, cond, mask, w=1.0, beta=0.0, weight=1.0):
-    """Gradient (B, L, G, V) for the student's logits, Eq. (2), still to be divided by the batch.
+    """Gradient (B, L, G, V) for the student's logits, Eq. (2), and the loss (B,) of each image.
 
-    e_t (B, L, d) embeds the masked state x_t (App. I.15: or is the masked soft embedding), once for
-    both networks, whose frozen tables are the same. w is the teacher's guidance; the auxiliary has
-    none, because it models what the student does. weight is w(t), a number or (B,).
+    Both are still to be divided by the batch. e_t (B, L, d) embeds the masked state x_t (App. I.15:
+    or is the masked soft embedding), once for both networks, whose frozen tables are the same. w is
+    the teacher's guidance; the auxiliary has none, because it models what the student does. weight
+    is w(t), a number or (B,).
     """
     z_teacher = guided_logits(teacher, e_t, cond, w)                        # Alg. 1, l. 9
-    g = divergence_grad(z_teacher, aux(e_t, cond), mask, beta)              # Alg. 1, l. 11
+    z_aux = aux(e_t, cond)
+    loss = weight * divergence(z_teacher, z_aux, mask, beta)
+    g = divergence_grad(z_teacher, z_aux, mask, beta)                       # Alg. 1, l. 11
     if torch.is_tensor(weight):
         weight = weight.reshape(-1, 1, 1, 1)
-    return g * weight
+    return g * weight, loss
 
 
 # --------------------------------------------------------------------------- the auxiliary

@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from soft_embed import ESTIMATORS, embed_tokens
+from soft_embed import embed_tokens, soft_embed
 
 
 # ------------------------------------------------------------------- the discriminator (Fig. 5)
@@ -81,10 +81,8 @@ class Discriminator(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width * len(layers), mlp), nn.SiLU(), nn.Linear(mlp, 1))
 
-    def forward(self, features, noise=0.0):
-        """Features (B, L, D) of each layer -> real/fake logits (B,). noise: a std, on features."""
-        if noise:                                                           # App. H.3
-            features = [h + noise * torch.randn_like(h) for h in features]
+    def forward(self, features):
+        """Features (B, L, D) of each layer -> real/fake logits (B,)."""
         read = [head(h) for head, h in zip(self.heads, features)]
         return self.mlp(torch.cat(read, 1)).float().flatten()
 
@@ -101,32 +99,39 @@ def gen_loss(d_fake):
 
 
 # --------------------------------------------------------------- the two steps that need D
-def gan_grad(z, disc, net, cond, mask, E, bias, estimator="soft", tau=1.0, noise=0.0):
-    """Gradient of Eq. (8) at the student's logits z: g (B, L, G, V), with the mean's 1/B; the loss.
+def unchanged(features):
+    return features
 
-    net is the frozen teacher; mask (B, L, G) the units replaced by the mask embedding; estimator:
-    "soft", Eq. (3), "gumbel" or "straight-through" (Fig. 4a). disc is the bare module, not its DDP
-    wrapper: no parameter gets a gradient here, so there is nothing to synchronize.
+
+def gan_grad(z, disc, net, cond, mask, E, bias, embed=soft_embed, noisy=unchanged):
+    """Gradient of Eq. (8) at the student's logits z: g (B, L, G, V), with the mean's 1/B; the loss;
+    and the features of the fakes, detached.
+
+    net is the frozen teacher; mask (B, L, G) the units replaced by the mask embedding; embed the
+    estimator, Eq. (3), or one of Fig. 4a; noisy adds noise to a list of features (App. H.3). disc
+    is the bare module, not its DDP wrapper: no parameter gets a gradient here, so there is nothing
+    to synchronize.
     """
     z = z.detach().requires_grad_()
-    e = ESTIMATORS[estimator](z, E, bias, mask, tau)                        # (B, L, d)
-    loss = gen_loss(disc(net(e, cond, disc.layers), noise))                 # Alg. 1, l. 14
-    return torch.autograd.grad(loss, z)[0], loss.detach()
+    e = embed(z, E, bias, mask)                                             # (B, L, d)
+    features = net(e, cond, disc.layers)
+    loss = gen_loss(disc(noisy(features)))                                  # Alg. 1, l. 14
+    (g,) = torch.autograd.grad(loss, z)
+    return g, loss.detach(), [h.detach() for h in features]
 
 
-def disc_logits(z, x_real, disc, net, cond, mask, E, bias, estimator="soft", tau=1.0, noise=0.0):
-    """d_real (B,) and d_fake (B,) from one forward of D, differentiable in the heads alone.
+@torch.no_grad()
+def real_and_fake(z, x_real, layers, net, cond, mask, E, bias, embed=soft_embed, fake=None):
+    """Features (2B, L, D) of each layer, real ones first: what the discriminator's update reads.
 
     x_real (B, L, G) are real tokens with the same condition as the fakes (App. H.3), masked at the
-    same units. `disc` may be a DDP wrapper: this is the pass whose gradients are synchronized.
+    same units. fake: features of the fakes, where they are known; else z is embedded.
     """
-    bare = getattr(disc, "module", disc)
+    real = embed_tokens(x_real.masked_fill(mask, E.shape[1] - 1), E, bias)  # (B, L, d)
+    if fake is not None:
+        return [torch.cat(pair) for pair in zip(net(real, cond, layers), fake)]
     cond = tuple(torch.cat([c, c]) for c in cond)
-    with torch.no_grad():
-        real = embed_tokens(x_real.masked_fill(mask, E.shape[1] - 1), E, bias)
-        fake = ESTIMATORS[estimator](z, E, bias, mask, tau)                 # (B, L, d), like real
-        features = net(torch.cat([real, fake]), cond, bare.layers)
-    return disc(features, noise).chunk(2)
+    return net(torch.cat([real, embed(z, E, bias, mask)]), cond, layers)
 
 
 if __name__ == "__main__":
@@ -145,12 +150,13 @@ if __name__ == "__main__":
     opt_disc = torch.optim.Adam(disc.parameters(), 2e-3, betas)
     for step in range(201):
         mask = torch.rand(x_real.shape) < torch.rand(B, 1, 1) / 2
-        d_real, d_fake = disc_logits(z, x_real, disc, net, cond, mask, E, bias)
+        features = real_and_fake(z, x_real, disc.layers, net, cond, mask, E, bias)
+        d_real, d_fake = disc(features).chunk(2)
         loss_disc = disc_loss(d_real, d_fake)
         opt_disc.zero_grad()
         loss_disc.backward()
         opt_disc.step()
-        z.grad, loss = gan_grad(z, disc, net, cond, mask, E, bias)
+        z.grad, loss, _ = gan_grad(z, disc, net, cond, mask, E, bias)
         opt_z.step()
         if step % 50 == 0:
             print(f"step {step:3d}: p(real token) {z.softmax(-1)[..., 5].mean():.3f}"

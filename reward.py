@@ -63,32 +63,33 @@ def clip_each(g, limit, eps=0.0):
     return torch.vmap(torch.mul)(g, factor)
 
 
-def reward_grad(z, tokenizer, cond, rewards, prompts, weights, tau=1.0, chunk=1, clip=None):
+def reward_grad(z, tokenizer, cond, rewards, prompts, weights, embed=soft_embed, chunk=1, clip=0):
     """Gradient of Eq. 9 at the student's logits: (g (B, L, G, V), {name: mean score}).
 
     z (B, L, G, V) student logits; cond the teacher's condition, for decoders that read it;
-    prompts a list of B strings. The loss is a mean over the batch, so g contains 1/B. `chunk`
-    images are decoded and judged at a time, and their graph is gone before the next: memory does
-    not grow with B. clip limits the norm of one image's gradient, before the 1/B. A judge has
-    cliffs, and an image on one outweighs the others: on shapes a twentieth of the images had nine
-    tenths of the squared norm.
+    prompts a list of B strings; embed the estimator, Eq. (3), or one of Fig. 11. The loss is a mean
+    over the batch, so g contains 1/B. `chunk` images are decoded and judged at a time, and their
+    graph is gone before the next: what stays for all is the step from logits to embeddings. clip
+    limits the norm of one image's gradient, before the 1/B; 0 does not. A judge has cliffs, and an
+    image on one outweighs the others: on shapes a twentieth of the images had nine tenths of the
+    squared norm.
     """
     check_prompts(prompts, len(z))
-    E, bias = tokenizer.tables()
-    grads, seen = [], []
+    z = z.detach().requires_grad_()
+    e = embed(z, *tokenizer.tables())                                       # Emb_Dec: (B, L, d_dec)
+    g_e, seen = [], []                                                      # gradients at e
     for i in range(0, len(z), chunk):
         part = slice(i, i + chunk)
-        z_part = z[part].detach().requires_grad_()
-        e = soft_embed(z_part, E, bias, tau=tau)                            # Emb_Dec: (b, L, d_dec)
-        img = tokenizer.decode(e, tuple(c[part] for c in cond), clamp=True)           # (b, C, H, W)
+        e_part = e[part].detach().requires_grad_()
+        img = tokenizer.decode(e_part, tuple(c[part] for c in cond), clamp=True)      # (b, C, H, W)
         scores = rewards(img, prompts[part])
         loss = -weighted(scores, weights).sum()                                            # Eq. (9)
-        (g,) = torch.autograd.grad(loss, z_part)
-        if clip:
-            g = clip_each(g, clip)
-        grads.append(g / len(z))
+        g_e += torch.autograd.grad(loss, e_part)
         seen.append(torch.stack(list(scores.values())).detach())                      # (rewards, b)
-    return torch.cat(grads), dict(zip(scores, torch.cat(seen, 1).mean(1)))
+    (g,) = torch.autograd.grad(e, z, torch.cat(g_e))
+    if clip:
+        g = clip_each(g, clip)
+    return g / len(z), dict(zip(scores, torch.cat(seen, 1).mean(1)))
 
 
 # ------------------------------------------------------------------------------ the mix of rewards

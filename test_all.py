@@ -425,12 +425,13 @@ def test_guided_loss_gradient_is_the_golden_one(beta):
     teacher = TableNet(given.z_c, given.z_u)
     aux = TableNet(given.z_aux, torch.full_like(given.z_aux, math.nan))  # nobody may guide it
     args = teacher, aux, torch.zeros(2, 4, 8), (torch.tensor([0, 1]),), given.mask
-    g = dimo.dimo_grad(*args, w=2.0, beta=beta)
+    g, loss = dimo.dimo_grad(*args, w=2.0, beta=beta)
     agrees(g / 2, **expected["gradient"], tol=1e-6)
     assert abs(0.5 * g.square().sum() / 2 - expected["half_square"]) < 1e-6
     weight = torch.tensor([3.0, 5.0])
-    weighted = dimo.dimo_grad(*args, w=2.0, beta=beta, weight=weight)
+    weighted, weighted_loss = dimo.dimo_grad(*args, w=2.0, beta=beta, weight=weight)
     assert close(weighted, g * weight.view(2, 1, 1, 1))
+    assert close(weighted_loss, loss * weight)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -491,7 +492,7 @@ def test_no_gradient_reaches_teacher_or_auxiliary():
         return lambda e, cond: linear(e)[:, :, None]
 
     mask = torch.ones(2, 3, 1).bool()
-    g = dimo.dimo_grad(as_net(teacher), as_net(aux), normal(0, 2, 3, 8), (), mask)
+    g, _ = dimo.dimo_grad(as_net(teacher), as_net(aux), normal(0, 2, 3, 8), (), mask)
     assert not g.requires_grad
     assert g.shape == (2, 3, 1, 9)
 
@@ -555,7 +556,7 @@ def test_gan_losses_are_equations_7_and_8():
 def test_gan_gradient_is_autograd_of_equation_8_and_reaches_the_student_alone():
     net, disc, z, cond, E, bias = nano_gan()
     mask = torch.rand(4, 16, 2) < 0.5
-    g, loss = gan.gan_grad(z, disc, net, cond, mask, E, bias)
+    g, loss, _ = gan.gan_grad(z, disc, net, cond, mask, E, bias)
 
     z64 = z.double().requires_grad_()               # by hand, in float64, with nothing of gan_grad
     p, e = z64.softmax(-1), bias.double()
@@ -578,7 +579,8 @@ def test_discriminator_step_trains_the_heads_alone_and_masks_real_and_fake_alike
     z = (F.one_hot(x, 8) * 1e4).float().requires_grad_()                # fakes that equal the real
     for share in (0.0, 0.4, 1.0):
         mask = torch.rand(4, 16, 2) < share
-        d_real, d_fake = gan.disc_logits(z, x, disc, net, cond, mask, E, bias)
+        features = gan.real_and_fake(z, x, disc.layers, net, cond, mask, E, bias)
+        d_real, d_fake = disc(features).chunk(2)
         same = torch.allclose(d_real, d_fake, atol=1e-6)
         assert same, "the masks are the same, so D cannot tell them apart"
     gan.disc_loss(d_real, d_fake).backward()
@@ -600,7 +602,7 @@ def test_discriminator_reads_every_teacher_and_its_gradient_reaches_the_logits(n
     disc = gan.Discriminator(net.width, gan.head_layers(net.depth, 2), 16, 16, net.feature_grid)
     entries = net.V + 1 if name == "maskgit-tiny" else net.V            # it may draw the mask
     z = torch.randn(*x.shape, entries)
-    g, _ = gan.gan_grad(z, disc, net, cond, mask, *net.tables())
+    g, _, _ = gan.gan_grad(z, disc, net, cond, mask, *net.tables())
     assert g.shape == z.shape
     assert (g[mask] == 0).all()
     assert (g[~mask].abs().sum(-1) > 0).all()
@@ -664,7 +666,7 @@ def test_reward_gradient_is_autograd_of_equation_9_and_reaches_the_student_alone
     given, rewards = eq9_inputs(name), rewards_of("imagereward", "clip")
     z, tokenizer, cond, prompts = given
     z.requires_grad_()
-    g, means = reward_gradient(given, rewards, tau=1.5)
+    g, means = reward_gradient(given, rewards, embed=functools.partial(se.soft_embed, tau=1.5))
 
     E, bias = tokenizer.tables()                                        # by hand, without chunks
     p = (z / 1.5).softmax(-1)
@@ -1072,7 +1074,7 @@ def student_update(teacher, student, aux, opt, choices, beta):
     x_t = x.masked_fill(mask, 32)                                                     # l. 8
     e_aux = se.embed_tokens(x_t, *aux.tables())                     # here its table is its own
     e_t = se.embed_tokens(x_t, *teacher.tables())
-    g = dimo.dimo_grad(teacher, lambda e, cond: aux(e_aux, cond), e_t, cond, mask, 2.0, beta)
+    g, _ = dimo.dimo_grad(teacher, lambda e, cond: aux(e_aux, cond), e_t, cond, mask, 2.0, beta)
     opt.zero_grad()
     z.backward(g / B)                                                                 # l. 11
     gradient = student.last[4].weight.grad.clone()

@@ -13,7 +13,8 @@ Every term of the generator's loss (Eq. 10) is computed as its gradient at the l
 terms are weighed, compared and logged, and the student is differentiated once: z.backward(g).
 
 All randomness of a step is a function of (seed, step, place in the global batch). So a resumed run
-repeats nothing and forgets nothing, and two processes make the same update as one.
+repeats nothing and forgets nothing, and two processes make the same update as one, as do two
+accumulation steps. Only dropout, where it is on, is drawn by each process for itself.
 """
 
 import contextlib
@@ -22,8 +23,10 @@ import functools
 import json
 import os
 import time
+from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -31,19 +34,21 @@ from data.prompts import read_prompts
 from data.tokens import RealTokens, TextFeatures, synthetic_prompts
 from dimo import (aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
-from gan import Discriminator, disc_logits, disc_loss, gan_grad, head_layers
+from gan import Discriminator, disc_loss, gan_grad, head_layers, real_and_fake
 from machinery.checkpoint import (FORMAT, due, logged_evaluations, restarted,
                                   resumed_settings, save_checkpoint, trim_log)
 from machinery.errors import UserError, guard
 from machinery.files import local, read_tensors
 from machinery.optim import Trained, ema_update, lr_factor
-from machinery.processes import autocast, barrier, is_main, join_processes, rank, world_size
+from machinery.processes import (all_reduce, autocast, barrier, is_main, join_processes, rank,
+                                  world_size)
 from machinery.profile import Profile, phase
 from machinery.records import append_rows
 from networks.weights import load_state
 from recipes.settings import flags, settle
-from reward import reward_grad, rewards_for
-from soft_embed import concentration, embed_tokens, sample_tokens, soft_embed
+from reward import reward_grad, rewards_for, weighted
+from soft_embed import (ESTIMATORS, concentration, embed_tokens, gumbel, sample_tokens,
+                        soft_embed)
 from teachers import load_teacher
 from worlds.judges import load_judge
 from worlds.looking import finish, look, one_step, samples
@@ -54,39 +59,44 @@ def train(c):
     """Algorithm 1, with settings c of recipes/settings.py. What it calls stands below, in order."""
     run = set_up(c)                                   # phi, theta, psi, eta, and the data  l. 1
     for step in steps(run):                           # repeat                              l. 2
-        on = terms_of_the_loss(c, step)               # which terms Eq. 10 has in this step
         factor = lr_factor(step, c.warmup, c.steps, c.lr_end)
         batches = draw_batches(run, step)             # all that is random, per accumulation step
-        norms, seen = {}, {}                          # of the gradients; what else the log tells
+        norms = {}                                    # of the gradients, before clipping
+        seen = defaultdict(float)                     # means over the batch, for the log
 
         # --- Generate logits z_theta and tokens x_theta, update the generator theta        l. 3-18
         for batch in batches:
-            z = generate(run, batch, learning=bool(on))                                     # l. 4-6
+            z = generate(run, batch)                                                        # l. 4-6
             g = {}                                    # each term's gradient at the logits z
-            if "dimo" in on:
-                g["dimo"] = c.w_dimo / run.images * dimo_term(run, batch)                  # l. 8-11
-            if "gan" in on:
-                g["gan"] = c.w_gan / c.accum * gan_term(run, batch)                       # l. 12-14
-            if "reward" in on:
+            if "dimo" in batch.on:
+                g["dimo"] = c.w_dimo / run.images * dimo_term(run, batch, seen)            # l. 8-11
+            if "gan" in batch.on:
+                g["gan"] = c.w_gan / c.accum * gan_term(run, batch, seen)                 # l. 12-14
+            if "reward" in batch.on:
                 g["reward"] = c.w_reward / c.accum * reward_term(run, batch, seen)        # l. 15-16
-            if on:
-                backward(run.student, z, sum(g.values()), batch.last)           # Eq. (10), l. 17-18
-        if on:
+            if g:
+                backward(run, batch, z, g, seen)                                # Eq. (10), l. 17-18
+            if batch.shared:
+                aux_term(run, batch, seen)            # --share_passes: before the graph grows old
+        if terms_of_the_loss(c, step):
             norms["student"] = run.student.update(c.clip, factor)
             ema_update(run.ema, run.student.module, step - c.student_start, c.ema)
 
         # --- Update the auxiliary psi, an MDM of the student's tokens                      l. 19-21
-        for batch in batches:
-            seen["loss_aux"] = aux_term(run, batch)                              # Eq. (1), l. 20-21
-        norms["aux"] = run.aux.update(c.clip, factor)
+        if c.w_dimo:
+            for batch in batches:
+                if "dimo" in batch.roles and not batch.shared:
+                    aux_term(run, batch, seen)                                   # Eq. (1), l. 20-21
+            norms["aux"] = run.aux.update(c.clip, factor)
 
         # --- Update the discriminator eta                                                  l. 22-25
         if c.gan:
             for batch in batches:
-                seen |= disc_term(run, batch)                                    # Eq. (7), l. 23-25
+                if "gan" in batch.roles:
+                    disc_term(run, batch, seen)                                  # Eq. (7), l. 23-25
             norms["disc"] = run.disc.update(c.clip, factor)
 
-        log(run, step, factor, g, norms, seen)
+        log(run, step, factor, batches, norms, seen)
         look(run, step + 1)
         save(run, step + 1)
     finish(run)                                       # theta's average is the result  l. 26-27
@@ -95,25 +105,24 @@ def train(c):
 def terms_of_the_loss(c, step):
     """The terms that the student's loss (Eq. 10) has in this step; none while others warm up."""
     if step < c.student_start:
-        return []
+        return set()
     on = {
         "dimo": c.w_dimo > 0,
         "gan": c.gan and c.w_gan > 0 and step >= c.gan_start,
         "reward": c.reward and c.w_reward > 0 and step >= c.reward_start,
     }
-    return [term for term in on if on[term]]
+    return {term for term in on if on[term]}
 
 
 # ----------------------------------------------------------------------- what is random in a step
-def draw_step(c, step, net, conditions):
+def draw_step(c, step, net, choices, device, apart=False):
     """Every random choice of one step for its whole global batch: a dict of tensors, batch first.
 
     All come from a generator seeded by (seed, step) alone: so they depend neither on the number of
-    processes nor on restarts. (Dropout, Gumbel and feature noise are drawn by each process for
-    itself, seeded by (seed, step, rank).) Conditions are drawn on the host, which looks them up.
+    processes nor on restarts. Conditions, of which there are `choices`, are drawn on the host,
+    which looks them up. apart: a second start, "pair_...", for the GAN's own conditions.
     """
     B, units = c.batch, (net.L, net.G)
-    device = conditions.device
     seed = (c.seed + 1) * 1_000_003 + step
     gen = torch.Generator(device).manual_seed(seed)
     host = gen if device.type == "cpu" else torch.Generator().manual_seed(seed)
@@ -123,14 +132,14 @@ def draw_step(c, step, net, conditions):
     def uniform(*shape):
         return torch.rand(B, *shape, **on_device)
 
-    def start():
+    def start(name=""):
         """What the student's pass starts from; u decides which tokens are drawn from its logits."""
-        return dict(
-            which=torch.randint(len(conditions), (B,), generator=host),
-            tokens=torch.randint(net.V, (B, *units), **on_device),
-            scores=uniform(*units),
-            u=uniform(*units),
-            noise=torch.randn(B, net.L, net.width, **on_device))
+        return {
+            f"{name}which": torch.randint(choices, (B,), generator=host),
+            f"{name}tokens": torch.randint(net.V, (B, *units), **on_device),
+            f"{name}scores": uniform(*units),
+            f"{name}u": uniform(*units),
+            f"{name}noise": torch.randn(B, net.L, net.width, **on_device)}
 
     def mdm_ratio():
         return mask_ratio(uniform(), c.schedule).clamp(*c.ratio_range)
@@ -145,44 +154,83 @@ def draw_step(c, step, net, conditions):
     draws |= dict(ratio_gan=gan_ratio(), scores_gan=uniform(*units))
     draws |= dict(ratio_disc=gan_ratio(), scores_disc=uniform(*units))
     if c.redraw:
-        draws |= {f"again_{key}": value for key, value in start().items()}
+        draws |= start("again_")
+    if apart:
+        draws |= start("pair_")
     return draws
+
+
+def draw_each(generators, shape, draw=torch.randn):
+    """Noise (images, *shape), each image's from a generator of its own.
+
+    For Gumbel and feature noise, which are too large to be drawn for all processes by each.
+    """
+    return torch.stack([draw(shape, generator=gen, device=gen.device) for gen in generators])
 
 
 @phase("random choices")
 def draw_batches(run, step):
-    """This process's micro-batches: what is random in them, real tokens, and the conditions."""
+    """This process's micro-batches: what is random in them, real tokens, and the conditions.
+
+    Each has `roles`, the terms that it may serve, and `on`, those of them that are on in this step.
+    One batch serves all, unless the GAN has conditions of its own: then there are two.
+    """
     c, world = run.c, world_size()
     own_seed = (c.seed + 1) * 7_919 + step * world + rank()
-    torch.manual_seed(own_seed)
-    draws = draw_step(c, step, run.net, run.conditions)
-    units = draws["ratio_aux"] * run.net.L * run.net.G
+    torch.manual_seed(own_seed)                       # for dropout
+    apart = len(run.roles) > 1
+    draws = draw_step(c, step, run.net, run.choices, run.device, apart)
+    units = draws["ratio" if c.share_passes else "ratio_aux"] * run.net.L * run.net.G
     masked = units.round().clamp(min=1).sum()         # units that the auxiliary's loss is a mean of
+    on = terms_of_the_loss(c, step)
     micro = run.images // c.accum
     batches = []
     for i in range(c.accum):
         first = (i * world + rank()) * micro
-        mine = slice(first, first + micro)
-        batch = SimpleNamespace(**{key: value[mine] for key, value in draws.items()})
-        batch.last = i == c.accum - 1
-        batch.aux_units = masked / world              # of the global batch, this process's share
-        if c.gan:
-            # choice: real images bring the labels, so that real and fake share them (App. H.3)
-            place = step * c.batch + first
-            batch.x_real, batch.which = run.real.batch(place, micro)
-        batch.cond = run.features(batch.which)
-        batches.append(batch)
+        for roles in run.roles:
+            batch = micro_batch(run, step, draws, range(first, first + micro), roles)
+            batch.on = on & roles
+            batch.shared = c.share_passes and "dimo" in batch.on
+            batch.aux_units = masked / world          # of the global batch, this process's share
+            batches.append(batch)
+    # gradients travel between processes once per step and network, with the last batch
+    for network, terms in (("student", on), ("aux", {"dimo"}), ("disc", {"gan"})):
+        serving = [batch for batch in batches if batch.roles & terms]
+        for batch in serving[-1:]:
+            batch.last_of.add(network)
     run.batch = batches[-1]
     return batches
 
 
+def micro_batch(run, step, draws, places, roles):
+    """The part of the draws at `places` of the global batch."""
+    c = run.c
+    mine = slice(places.start, places.stop)
+    batch = SimpleNamespace(roles=roles, last_of=set())
+    vars(batch).update({key: value[mine] for key, value in draws.items()})
+    pair = roles == {"gan"}
+    if pair:
+        for key in ("tokens", "scores", "u", "noise"):
+            setattr(batch, key, getattr(batch, f"pair_{key}"))
+    batch.generators = []
+    for place in places:
+        seed = np.random.SeedSequence((c.seed, step, place, pair)).generate_state(1, np.uint64)
+        batch.generators.append(torch.Generator(run.device).manual_seed(seed.item()))
+    if c.gan and "gan" in roles:
+        # choice: real images bring the labels, so that real and fake share them (App. H.3)
+        batch.x_real, labels = run.real.batch(step * c.batch + places.start, len(places))
+        batch.which = labels + run.first_pair
+    batch.cond = run.features(batch.which)
+    return batch
+
+
 # ----------------------------------------------------------------------- the steps of Algorithm 1
 @phase("student forward")
-def generate(run, batch, learning):
-    """z_theta, with its graph if learning; without it, z and x_theta are kept in the batch."""
-    student = run.student
+def generate(run, batch):
+    """z_theta, with its graph if it is to learn; without it, z and x_theta are kept in the batch."""
+    student, learning = run.student, bool(batch.on)
     model = student.model if learning else student.module
-    with student.syncing(batch.last), torch.set_grad_enabled(learning):
+    with student.syncing("student" in batch.last_of), torch.set_grad_enabled(learning):
         z = one_pass(run, model, batch.tokens, batch.scores, batch.noise, batch.cond)
     batch.z = z.detach()                                                          # (B, L, G, V)
     batch.x = sample_tokens(batch.z, u=batch.u)                                             # l. 6
@@ -204,7 +252,7 @@ def embed_masked(run, x, mask):
 
 
 @phase("Di[M]O: teacher, aux")
-def dimo_term(run, batch):
+def dimo_term(run, batch, seen):
     """Eq. 2 as a gradient at the logits, (B, L, G, V), to be divided by the batch."""
     c = run.c
     mask = exact_mask(batch.ratio, batch.scores_t)                                          # l. 8
@@ -217,62 +265,103 @@ def dimo_term(run, batch):
         w = guidance_scale(batch.ratio, c.cfg, c.cfg_low, c.cfg_schedule)
     weight = 1.0 if c.w_t == "one" else 1 / batch.ratio                                      # w(t)
     psi = run.aux.module
+    if batch.shared:
+        psi = functools.partial(shared_pass, run, batch)
     with run.autocast():                                                                 # l. 9-11
-        return dimo_grad(run.net, psi, e_t, batch.cond, mask, w, c.beta, weight)
+        g, loss = dimo_grad(run.net, psi, e_t, batch.cond, mask, w, c.beta, weight)
+    batch.mask = mask
+    seen["loss_dimo"] += loss.sum() / run.images
+    return g
+
+
+def shared_pass(run, batch, e, cond):
+    """The auxiliary's pass of Eq. 2, whose graph is kept: Eq. 1 takes the same one."""
+    with torch.enable_grad(), run.aux.syncing("aux" in batch.last_of):
+        batch.z_aux = run.aux.model(e, cond)
+    return batch.z_aux.detach()
+
+
+def embedder(run, batch):
+    """From logits to embeddings, with a gradient, as --estimator and --tau say."""
+    c = run.c
+    how = dict(tau=c.tau)
+    if c.estimator != "soft":
+        how["noise"] = gumbel(draw_each(batch.generators, batch.z.shape[1:], torch.rand))
+    return functools.partial(ESTIMATORS[c.estimator], **how)
+
+
+def add_noise(run, batch, features):
+    """Noise on the teacher's features (App. H.3), a list of (B, L, D), or (2B, L, D)."""
+    s = run.c.feature_noise
+    if s == 0:
+        return features
+    generators = batch.generators * (len(features[0]) // len(batch.generators))
+    return [h + s * draw_each(generators, h.shape[1:]).to(h.dtype) for h in features]
 
 
 @phase("GAN gradient")
-def gan_term(run, batch):
+def gan_term(run, batch, seen):
     """Eq. 8 as a gradient at the logits, (B, L, G, V)."""
     c = run.c
     mask = exact_mask(batch.ratio_gan, batch.scores_gan, least=0)
     with run.autocast():                                                                    # l. 14
-        g, _ = gan_grad(
-            batch.z, run.disc.module, run.net,
-            batch.cond, mask, run.E, run.bias,
-            c.estimator, c.tau, c.feature_noise)
+        g, loss, features = gan_grad(
+            batch.z, run.disc.module, run.net, batch.cond, mask, run.E, run.bias,
+            embedder(run, batch), functools.partial(add_noise, run, batch))
+    if c.share_passes:
+        batch.fake, batch.mask_disc = features, mask
+    seen["loss_gan"] += loss / c.accum
     return g
 
 
 @phase("reward gradient")
 def reward_term(run, batch, seen):
-    """Eq. 9 as a gradient at the logits, (B, L, G, V); the soft images' scores go to `seen`."""
+    """Eq. 9 as a gradient at the logits, (B, L, G, V)."""
     c = run.c
     prompts = [run.prompts[i] for i in batch.which.tolist()]
     g, scores = reward_grad(                                                                # l. 16
         batch.z, run.teacher.tokenizer, batch.cond,
         run.rewards, prompts, c.rewards,
-        chunk=c.reward_chunk, clip=c.clip_reward)
-    seen |= scores
+        embedder(run, batch), chunk=c.reward_chunk, clip=c.clip_reward)
+    seen["loss_reward"] -= weighted(scores, c.rewards) / c.accum
+    for name, score in scores.items():                # of the soft images
+        seen[name] += score / c.accum
     return g
 
 
 @phase("student backward")
-def backward(student, z, g, last):
+def backward(run, batch, z, g, seen):
     """The student's part of Eq. 10, differentiated once: d loss / d theta = g dz / d theta."""
-    with student.syncing(last):
-        z.backward(g)
+    for term in g:
+        seen[f"grad_{term}"] += g[term].square().sum()
+    with run.student.syncing("student" in batch.last_of):
+        z.backward(sum(g.values()))
 
 
 @phase("aux forward, backward")
-def aux_term(run, batch):
-    """Adds the gradient of Eq. 1 to the auxiliary's; returns the loss."""
+def aux_term(run, batch, seen):
+    """Adds the gradient of Eq. 1 to the auxiliary's."""
     c, z, x = run.c, batch.z, batch.x
-    if c.redraw:
-        # choice: off: x_theta is used again (l. 20); the official code draws anew, from new theta
-        z, x = draw_again(run, batch)
-    mask = exact_mask(batch.ratio_aux, batch.scores_aux)                                    # l. 20
-    with run.autocast(), run.aux.syncing(batch.last):
-        z_aux = run.aux.model(embed_masked(run, x, mask), batch.cond)
+    with run.autocast(), run.aux.syncing("aux" in batch.last_of):
+        if batch.shared:
+            # choice: off: Alg. 1 draws a mask of its own here; the same one saves a pass
+            z_aux, mask = batch.z_aux, batch.mask
+            del batch.z_aux
+        else:
+            if c.redraw:
+                # choice: off: x_theta is used again; the official code draws anew, from new theta
+                z, x = draw_again(run, batch)
+            mask = exact_mask(batch.ratio_aux, batch.scores_aux)                            # l. 20
+            z_aux = run.aux.model(embed_masked(run, x, mask), batch.cond)
         loss = aux_loss(
             z_aux, x, mask, c.smoothing, batch.aux_units, z_student=z, alpha=c.soft_target)
         loss.backward()                                                           # Eq. (1), l. 21
-    return loss.detach() * c.accum
+    seen["loss_aux"] += loss.detach()
 
 
 def draw_again(run, batch):
     """Logits and tokens of the updated student, from starts of their own."""
-    if not run.c.gan:
+    if "x_real" not in vars(batch):
         batch.cond = run.features(batch.again_which)
     with torch.no_grad():
         z = one_pass(run, run.student.module, batch.again_tokens, batch.again_scores,
@@ -281,21 +370,24 @@ def draw_again(run, batch):
 
 
 @phase("discriminator")
-def disc_term(run, batch):
-    """Adds the gradient of Eq. 7 to the discriminator's; returns what the log tells of it."""
+def disc_term(run, batch, seen):
+    """Adds the gradient of Eq. 7 to the discriminator's."""
     c, disc = run.c, run.disc
-    mask = exact_mask(batch.ratio_disc, batch.scores_disc, least=0)            # l. 23: one for both
-    with run.autocast(), disc.syncing(batch.last):
-        d_real, d_fake = disc_logits(                                                       # l. 24
-            batch.z, batch.x_real, disc.model, run.net,
-            batch.cond, mask, run.E, run.bias,                     # one mask for real and fake
-            c.estimator, c.tau, c.feature_noise)
+    fake = None
+    if c.share_passes and "gan" in batch.on:
+        fake, mask = batch.fake, batch.mask_disc      # choice: off, as in `aux_term`
+    else:
+        mask = exact_mask(batch.ratio_disc, batch.scores_disc, least=0)  # l. 23: for real and fake
+    with run.autocast(), disc.syncing("disc" in batch.last_of):
+        features = real_and_fake(                                                           # l. 24
+            batch.z, batch.x_real, disc.module.layers, run.net, batch.cond, mask,
+            run.E, run.bias, embedder(run, batch), fake)
+        d_real, d_fake = disc.model(add_noise(run, batch, features)).chunk(2)
         loss = disc_loss(d_real, d_fake)                                          # Eq. (7), l. 25
         (loss / c.accum).backward()
-    return dict(
-        loss_disc=loss.detach(),
-        d_real=d_real.detach().mean(),
-        d_fake=d_fake.detach().mean())
+    seen["loss_disc"] += loss.detach() / c.accum
+    seen["d_real"] += d_real.detach().mean() / c.accum
+    seen["d_fake"] += d_fake.detach().mean() / c.accum
 
 
 # ------------------------------------------------------------------------------- steps, log, save
@@ -317,14 +409,15 @@ def steps(run):
         run.profile.report(c, run.net, e, run.batch.cond)
 
 
-def log(run, step, factor, g, norms, seen):
+def log(run, step, factor, batches, norms, seen):
     """Count steps with gradients that are not finite; every --log_every steps tell of the health.
 
     Such steps were skipped, on every process alike. After ten in a row the run gives up.
     """
     c = run.c
-    finite = torch.isfinite(torch.stack(list(norms.values())))
-    inf = (~finite).any().float()
+    inf = torch.zeros_like(run.skipped)
+    for norm in norms.values():
+        inf = torch.maximum(inf, (~torch.isfinite(norm)).float())
     run.skipped = run.skipped + inf
     run.in_a_row = (run.in_a_row + 1) * inf
     if c.profile or not due(step + 1, c.log_every, c.steps):
@@ -335,12 +428,10 @@ def log(run, step, factor, g, norms, seen):
             f"gradients were not finite in 10 steps in a row, up to step {step} (norms: {found}). "
             f"The checkpoint of step {step // c.save_every * c.save_every} is good: lower --lr, or "
             "try --dtype fp32, and --resume")
-    entropy, top1 = concentration(run.batch.z)
-    row = dict(step=step + 1, entropy=entropy, top1=top1, **seen, skipped=run.skipped)
-    row |= {f"grad_{term}": g[term].norm() for term in g}         # of each term at the logits
-    row |= {f"norm_{name}": norm for name, norm in norms.items()}             # before clipping
-    row = {key: round(float(value), 6) for key, value in row.items()}
-    row["lr"] = run.student.lr * factor
+    row = dict(step=step + 1, **global_means(batches, seen))
+    row |= {f"norm_{name}": float(norm) for name, norm in norms.items()}      # before clipping
+    row = {key: float(f"{value:.7g}") for key, value in row.items()}
+    row |= dict(step=step + 1, skipped=int(run.skipped), lr=run.student.lr * factor)
     before, then = run.last_log
     run.last_log = (step + 1, time.time())
     seconds = run.last_log[1] - then
@@ -350,6 +441,21 @@ def log(run, step, factor, g, norms, seen):
         shown = [key for key in row if key not in ("step", "lr", "skipped")]
         text = " ".join(f"{key} {row[key]:.3g}" for key in shown)
         run.bar.write(f"step {step + 1:5d} | {text}")
+
+
+def global_means(batches, seen):
+    """What the step has seen, as numbers of its global batch; every process must call it."""
+    for batch in batches:
+        entropy, top1 = concentration(batch.z)
+        seen["entropy"] += entropy / len(batches)
+        seen["top1"] += top1 / len(batches)
+    world = world_size()
+    means = all_reduce(torch.stack(list(seen.values())).float()) / world
+    row = dict(zip(seen, means.tolist()))
+    for name in row:
+        if name.startswith("grad_"):                  # so far a square, of gradients of which the
+            row[name] = (row[name] / world) ** 0.5    # update takes the mean over processes
+    return row
 
 
 def save(run, step):
@@ -419,20 +525,22 @@ def load_networks(run):
     if c.init_from != "teacher":
         state = read_tensors(local(c.init_from))
         load_state(student, state.get("ema", state), c.init_from)             # a checkpoint will do
-    aux = copy.deepcopy(net)
     run.ema = copy.deepcopy(student)
-    for module in (student, aux):
+    learners = {"student": student}
+    if c.w_dimo:                                      # without Eq. 2 nothing reads the auxiliary
+        learners["aux"] = copy.deepcopy(net)
+    for module in learners.values():
         module.requires_grad_(True).set_dropout(c.dropout).train()
         for p in module.frozen():
             p.requires_grad_(False)
     if c.dtype == "bf16":
         net.halve()                                   # half the memory, and the same results
-    for module in (net, student, aux, run.teacher.tokenizer):
+    for module in (net, *learners.values(), run.teacher.tokenizer):
         module.set_checkpointing(c.checkpointing)
 
-    run.student = Trained(student, c, c.lr)
-    run.aux = Trained(aux, c, c.aux_lr)
-    run.trained = {"student": run.student, "aux": run.aux}
+    rates = {"student": c.lr, "aux": c.aux_lr}
+    run.trained = {name: Trained(learners[name], c, rates[name]) for name in learners}
+    run.student, run.aux = run.trained["student"], run.trained.get("aux")
     if c.gan:
         torch.manual_seed(c.seed)                     # the same initial heads on every process
         layers = head_layers(net.depth, c.heads)
@@ -446,15 +554,23 @@ def load_conditions(run):
     c, teacher = run.c, run.teacher
     if c.gan:
         run.real = RealTokens(c.data, teacher, c.seed)
+    run.roles = [{"dimo", "gan", "reward"}]
+    run.first_pair = 0                                # where the conditions of real images begin
     if teacher.text is None:
         run.prompts = None
     elif c.gan:
         run.prompts = run.real.prompts
+        if c.prompts:                                 # Sec. 4.1: LAION's for Eq. 2, DALL-E 3 pairs
+            others = read_prompts(c.prompts)
+            run.roles = [{"dimo", "reward"}, {"gan"}]
+            run.first_pair = len(others)
+            run.prompts = others + run.prompts
     elif c.profile:
         run.prompts = synthetic_prompts()
     else:
         run.prompts = read_prompts(c.prompts)
     run.conditions = teacher.conditions(run.prompts)
+    run.choices = run.first_pair or len(run.conditions)
     run.features = TextFeatures(teacher, run.conditions, c.text_cache)
     if run.features.why:
         run.say(run.features.why)
@@ -465,8 +581,8 @@ def load_conditions(run):
             device=run.device, dtype=torch.bfloat16 if c.dtype == "bf16" else None,
             vocab=c.bert_vocab, clip_scaled=not c.clip_cosine, checkpointing=c.checkpointing)
         if not c.w_dimo:
-            run.say("warning: a reward without Di[M]O over-saturates (App. I.10); --w_dimo above 0 "
-                    "anchors it")
+            run.say("warning: a reward without Di[M]O over-saturates MaskGen's pictures (App. I.10), "
+                    "while the paper refines Meissonic so (Tab. 10); --w_dimo above 0 anchors it")
 
 
 def open_files(run):
@@ -481,6 +597,9 @@ def open_files(run):
         state = read_tensors(run.ckpt_path)
         load_state(run.ema, state["ema"], f"{run.ckpt_path} (ema)")
         for name, net in run.trained.items():
+            if name not in state:
+                raise UserError(f"{run.ckpt_path} has no auxiliary, since its run had --w_dimo 0: "
+                                f"go on so, or start from its weights by --init_from")
             load_state(net.module, state[name], f"{run.ckpt_path} ({name})")
             net.optimizer.load_state_dict(state["optimizers"][name])
         run.first_step = state["step"]

@@ -54,7 +54,8 @@ def flags(description=None):
         "activation of the text encoder, where its files leave it open")
     add("random_weights", False, bool, "no files at all: to try memory and speed")
     add("prompts", None, str,
-        "prompts for text teachers: a text file, one per line; with --gan those of the data")
+        "prompts for text teachers: a text file, one per line. With --gan those of the data serve; "
+        "if given as well, Di[M]O and rewards take these, for a second pass of the student")
     add("text_cache", "memory", str,
         "where the features of prompts are kept: memory, off, or a folder, for later runs too",
         metavar="WHERE")
@@ -80,6 +81,9 @@ def flags(description=None):
     add("redraw", False, bool,
         "the auxiliary gets fresh tokens from the updated student (the official code), and "
         "not x_theta (Alg. 1)")
+    add("share_passes", False, bool,
+        "one mask for Eq. 2 and Eq. 1, and one for Eq. 8 and Eq. 7, so that two passes in eleven "
+        "are saved; Alg. 1 draws each anew")
     add("student_start", 0, nonnegative_int,
         "updates of auxiliary and discriminator before the student's first")
     add("temperature", 1.0, nonnegative,
@@ -94,8 +98,9 @@ def flags(description=None):
         "steps before the GAN term joins the student's loss (Fig. 9)")
     add("gan_ratio", [0.0, 0.95], share,
         "masking of the discriminator's input, r ~ U[a, b]", nargs=2, metavar=("A", "B"))
-    add("estimator", "soft", list(ESTIMATORS), "gradient through the tokens (Fig. 4a)")
-    add("tau", 1.0, positive, "softmax temperature of the soft embedding (Fig. 8)")
+    add("estimator", "soft", list(ESTIMATORS),
+        "gradient through the tokens, for the GAN (Fig. 4a) and rewards (Fig. 11)")
+    add("tau", 1.0, positive, "softmax temperature of the soft embedding (Fig. 8), for both")
     add("heads", 4, positive_int, "layers of the teacher that the discriminator reads")
     add("head_width", 1024, positive_int, "channels of each head")
     add("head_mlp", 2048, positive_int, "hidden width of the discriminator's last MLP")
@@ -163,8 +168,9 @@ def settle(given):
     c = argparse.Namespace(**(defaults | start | recipe | given | dict(recipe=name)))
     if c.teacher != recipe["teacher"]:
         raise UserError(f"--recipe {name} is for --teacher {recipe['teacher']}, not {c.teacher}")
-    c.aux_lr = c.aux_lr or c.lr
-    c.disc_lr = c.disc_lr or c.lr
+    for key in ("aux_lr", "disc_lr"):
+        if getattr(c, key) is None:
+            setattr(c, key, c.lr)
     if c.profile:
         # one step to count in, three to warm up, N to time, one to trace; nothing read or written
         c.steps = c.profile + 5
@@ -185,6 +191,10 @@ def check(c):
     if not (c.w_dimo or c.gan and c.w_gan or c.reward and c.w_reward):
         raise UserError("nothing to train: --w_dimo 0, and neither GAN nor reward; add --gan "
                         "with --w_gan above 0, or --reward")
+    if c.share_passes and (c.redraw or c.soft_state):
+        other = "redraw" if c.redraw else "soft_state"
+        raise UserError(f"--share_passes lets Eq. 1 take the pass of Eq. 2, and with --{other} the "
+                        "two read different inputs: leave one of the flags out")
     if c.reward and not text:
         raise UserError(f"--reward judges pictures by their prompts, and {c.teacher} draws "
                         "classes: take a text teacher")
