@@ -89,7 +89,10 @@ def student_logits(net, x_init, cond, E, bias, s=0.0, noise=None):
 
 # ------------------------------------------------------------------------ teacher guidance
 def guidance_scale(ratio, high, low=1.0, schedule="constant"):
-    """Guidance w at mask ratios (B,): `high` where all is masked, falling to `low` (App. I.9)."""
+    """Guidance w at mask ratios (B,): `high` where all is masked, falling to `low` (App. I.9).
+
+    # choice: the paper's "from 1.5 to 2" does not say which end is masked.
+    """
     if schedule == "constant":
         return torch.full_like(ratio, high)
     if schedule == "linear":
@@ -102,6 +105,8 @@ def guidance_scale(ratio, high, low=1.0, schedule="constant"):
 def guided_logits(net, e, cond, w):
     """Classifier-free guidance u + w (c - u), both passes in one batch of 2B; w = 1 is off.
 
+    # choice: the paper's "teacher CFG" is read as this w, as the official Di[M]O code has it.
+    # MaskBit's and MaskGen's own samplers count s in c + s (c - u), so w = 1 + s.
     cond is a tuple of tensors, batch first; net.null(cond) is the unconditional one. w may be (B,).
     """
     per_sample = torch.is_tensor(w)

@@ -31,7 +31,10 @@ from soft_embed import embed_tokens, soft_embed
 
 # ------------------------------------------------------------------- the discriminator (Fig. 5)
 def head_layers(depth, heads):
-    """The layers that are read, 0-based: `heads` of `depth`, evenly spread, including the last."""
+    """The layers that are read, 0-based: `heads` of `depth`, evenly spread, including the last.
+
+    # choice: the paper gives their number alone, and Fig. 5 shows them spread.
+    """
     return tuple(depth * (i + 1) // heads - 1 for i in range(heads))
 
 

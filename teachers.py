@@ -613,6 +613,7 @@ MEISSONIC = Spec(
     plan=meissonic_plan,
     sampling={64: dict(guidance=9.0, temperature=2.0)},
     image=(3, 1024, 1024),
+    # choice: Tab. 5's and 10's temperature; App. H.5 says 1 for text
     student=dict(init_ratio=0.6, noise=0.3, temperature=0.5),
     rounds=True,
     noise_scale=1.0,
@@ -630,6 +631,7 @@ MASKGEN = Spec(
     plan=maskgen_plan,
     sampling={16: dict(guidance=12.0, temperature=2.0)},
     image=(3, 256, 256),
+    # choice: Tab. 5's ratio; Sec. 4.4 and App. I.6 say 0.95
     student=dict(init_ratio=0.9, noise=0.1, temperature=1.0),
     text=sizes.MASKGEN_TEXT,
     files=published.MASKGEN_FILES)

@@ -282,7 +282,10 @@ def shared_pass(run, batch, e, cond):
 
 
 def embedder(run, batch):
-    """From logits to embeddings, with a gradient, as --estimator and --tau say."""
+    """From logits to embeddings, with a gradient, as --estimator and --tau say.
+
+    # choice: at all units, also where x_init held a random token: the student draws those anew, too.
+    """
     c = run.c
     how = dict(tau=c.tau)
     if c.estimator != "soft":

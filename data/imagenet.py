@@ -7,6 +7,8 @@
 Class ids are the subfolders' ranks by name: ImageNet's WordNet ids, sorted, are what the published
 teachers learned. An image becomes one row of tokens, or more (its variants, side by side):
 
+# choice: the plain images are the paper's ImageNet as we read it: it mentions no augmentation.
+
     plain    shorter side resized to the teacher's size (Pillow's antialiased bicubic), center crop
     --flip   the same, mirrored
     --crops  K random-resized crops, as the teacher was trained: area 0.8 to 1 of the image, square,

@@ -26,7 +26,11 @@ def lr_factor(n, warmup, steps, end=1.0):
 
 @torch.no_grad()
 def ema_update(ema, net, n, decay):
-    """ema <- rate ema + (1 - rate) net at update n = 0, 1, ..., with the official ramp of the rate."""
+    """ema <- rate ema + (1 - rate) net at update n = 0, 1, ...
+
+    # choice: the rate rises to `decay` by the ramp of the official code; the paper names 0.9999
+    # alone, which it reaches at n = 89,990.
+    """
     rate = min(decay, (1 + n) / (10 + n))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - rate)
 
@@ -102,6 +106,7 @@ class Trained:
         self.module = self.model = module
         self.lr = lr
         self.params = [p for p in module.parameters() if p.requires_grad]
+        # choice: eps of the official code, and weight decay for all three; Tab. 5 tells neither
         make = OPTIMIZERS[c.optimizer]
         if c.zero and world_size() > 1:
             make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)

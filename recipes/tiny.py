@@ -34,7 +34,7 @@ RECIPES["meissonic-tiny-scratch"] = paper.RECIPES["meissonic"] | dict(
     # choice: Muon takes a quarter of Adam's steps
     optimizer="muon", lr=1e-3,
     aux_lr=3e-3, lr_end=0.05,
-    ema=0.995, checkpointing=False,
+    ema=0.995,
     # choice: beta 0 leaves crumbs; no label smoothing, for this teacher was trained without
     cfg=3.0, beta=0.5,
     schedule="arccos", smoothing=0.0,

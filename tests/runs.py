@@ -82,6 +82,9 @@ def close_run(one, two, atol=2e-5):
     return True
 
 
+PAIRED = ["a red circle", "two dogs!", "a fox", "a", ""]
+
+
 def made_up_data(folder, name):
     """A folder of 20 made-up images as tokens, for a tiny teacher; a text teacher's come with prompts."""
     os.makedirs(folder, exist_ok=True)
@@ -90,7 +93,7 @@ def made_up_data(folder, name):
     np.save(f"{folder}/tokens.npy", rng.randint(0, net.V, (20, net.L, net.G)).astype(np.uint8))
     np.save(f"{folder}/labels.npy", rng.randint(0, 5, 20).astype(np.uint16))
     with open(f"{folder}/prompts.txt", "w") as f:
-        f.write("a red circle\ntwo dogs!\na fox\na\n\n" if SPECS[name].text else "")
+        f.writelines(f"{prompt}\n" for prompt in PAIRED if SPECS[name].text)
     with open(f"{folder}/meta.json", "w") as f:
         json.dump({"V": net.V, "complete": True}, f)
     return folder

@@ -14,7 +14,7 @@ from PIL import Image
 import evaluate
 import teachers
 import train
-from data.tokens import TextFeatures
+from data.tokens import TextFeatures, load_tokens
 from machinery import optim
 from machinery.errors import UserError
 from machinery.files import ROOT, read_tensors
@@ -23,8 +23,8 @@ from recipes.settings import RECIPES, settle
 from soft_embed import embed_tokens
 from teachers import SPECS, MaskBit, load_teacher
 from tests.common import integers
-from tests.runs import (by_two_processes, close_run, finished, log_of, made_up_data, run, same,
-                        same_run)
+from tests.runs import (PAIRED, by_two_processes, close_run, finished, log_of, made_up_data, run,
+                        same, same_run)
 from worlds.judges import load_judge
 
 TINY = ["maskgit-tiny", "meissonic-tiny", "maskgen-tiny"]
@@ -158,6 +158,53 @@ def test_ablations_are_flags(tmp_path):
     assert all(torch.equal(gan_only["student"][name], start[name]) for name in names)
 
 
+def test_prompts_beside_a_gan_are_for_eq_2_and_the_pairs_keep_their_own(tmp_path, monkeypatch):
+    data = made_up_data(f"{tmp_path}/data", "maskgen-tiny")
+    (tmp_path / "prompts.txt").write_text("a blue boat\ntwo green cups\n")
+    conds = {}                                        # what each term's networks were told
+    real = {}
+
+    def telling(name, place):
+        true = getattr(train, name)
+
+        def told(*args, **kwargs):
+            conds.setdefault(name, []).append(args[place][0])
+            real.setdefault(name, []).append(args[1])
+            return true(*args, **kwargs)
+        monkeypatch.setattr(train, name, told)
+
+    for name, place in (("dimo_grad", 3), ("gan_grad", 3), ("real_and_fake", 4)):
+        telling(name, place)
+    given = FROM_NOISE | dict(
+        teacher="maskgen-tiny", gan=True, data=data, prompts=f"{tmp_path}/prompts.txt", accum=2,
+        batch=8, steps=2, warmup=0, log_every=1, eval_every=0, out=f"{tmp_path}/run")
+    ckpt = finished(settle(given))
+    teacher = load_teacher("maskgen-tiny", random_weights=True)
+
+    def told_of(prompts):
+        return list(teacher.cond(teacher.conditions(prompts))[0])
+
+    def among(cond, known):
+        return any(torch.allclose(cond, other, atol=1e-5) for other in known)
+
+    listed, pairs = told_of(["a blue boat", "two green cups"]), told_of(PAIRED)
+    assert all(among(cond, listed) for batch in conds["dimo_grad"] for cond in batch)
+    x, labels, _ = load_tokens(data, teacher)
+    rows = {tuple(row.ravel()): label for row, label in zip(x, labels)}
+    for told, told_too, x_real in zip(
+            conds["gan_grad"], conds["real_and_fake"], real["real_and_fake"]):
+        assert torch.equal(told, told_too)
+        for cond, row in zip(told, x_real.numpy()):   # the prompt that came with this real image
+            assert among(cond, [pairs[rows[tuple(row.ravel())]]])
+    assert len(conds["dimo_grad"]) == len(conds["gan_grad"]) == 4
+
+    monkeypatch.undo()                                # both terms move the student
+    one, two = (finished(settle(given | more | dict(out=f"{tmp_path}/{i}", overwrite=True)))
+                for i, more in enumerate((dict(w_gan=0.0), dict(w_dimo=1e-9))))
+    assert not same(ckpt["student"], one["student"])
+    assert not same(ckpt["student"], two["student"])
+
+
 @pytest.mark.parametrize("flag", [
     dict(estimator="straight-through"), dict(estimator="gumbel", tau=2.0), dict(soft_state=True),
     dict(redraw=True), dict(cfg_schedule="cosine"), dict(w_t="inverse"), dict(beta=-0.2),
@@ -184,7 +231,7 @@ def test_mask_ratios_keep_within_the_bounds_that_the_official_meissonic_code_has
     assert RECIPES["meissonic"]["ratio_range"] == [0.02, 0.98]
 
 
-TABLE_5 = {
+TABLES = {                                            # 5, and 7 to 10 for the last five
     "maskgit": dict(batch=256, steps=30_000, cfg=2.0, init_ratio=0.6, beta=-0.2, temperature=12.0,
                     schedule="arccos", w_gan=100.0, gan_ratio=[0.0, 0.5], heads=4, lr=1e-5),
     "maskbit": dict(batch=256, steps=50_000, cfg=1.5, init_ratio=0.6, beta=0.0, temperature=0.1,
@@ -192,15 +239,26 @@ TABLE_5 = {
     "meissonic": dict(batch=16, steps=10_000, cfg=4.0, init_ratio=0.6, beta=0.0, temperature=0.5,
                       schedule="cosine", lr=1e-6),
     "maskgen": dict(batch=64, steps=50_000, cfg=4.0, init_ratio=0.9, beta=0.0, temperature=1.0,
-                    schedule="arccos", w_gan=100.0, gan_ratio=[0.0, 0.95], heads=6, lr=1e-6)}
-COMMON = dict(ema=0.9999, warmup=100, clip=1.0, weight_decay=0.0, optimizer="adam")
+                    schedule="arccos", w_gan=100.0, gan_ratio=[0.0, 0.95], heads=6, lr=1e-6),
+    "maskbit-long": dict(batch=256, steps=50_000, lr=5e-7, w_gan=200.0, optimizer="adamw",
+                         weight_decay=0.01, dropout=0.0),
+    "maskbit-ablation": dict(batch=64, steps=50_000, lr=1e-6, w_gan=25.0, gan_start=1000),
+    "meissonic-reward": dict(batch=16, steps=10_000, w_dimo=0.0, reward=True, w_reward=2000.0,
+                             rewards={"imagereward": 1.0, "clip": 0.2}),
+    "maskgen-dimo": dict(batch=64, steps=100_000, cfg=4.0, w_dimo=1.0, reward=False, gan=False),
+    "maskgen-reward": dict(batch=32, steps=50_000, w_dimo=1.0, reward=True, w_reward=2000.0,
+                           rewards={"imagereward": 1.0, "clip": 0.2})}
+COMMON = dict(ema=0.9999, warmup=100, clip=1.0, weight_decay=0.0, optimizer="adam",
+              lr_end=1.0, w_t="one", smoothing=0.1, estimator="soft", tau=1.0)
 
 
-@pytest.mark.parametrize("name", TABLE_5)
-def test_settings_of_table_5_reach_every_teacher(name):
-    c = settle(dict(teacher=name, prompts="assets/prompts.txt", out="nowhere"))
-    for key, value in (TABLE_5[name] | COMMON).items():
+@pytest.mark.parametrize("name", TABLES)
+def test_settings_of_the_papers_tables_reach_every_recipe(name):
+    c = settle(dict(recipe=name, prompts="assets/prompts.txt", out="nowhere"))
+    for key, value in (COMMON | TABLES[name]).items():
         assert getattr(c, key) == value, key
+    assert c.dropout == (0.1 if name in ("maskbit", "maskbit-ablation") else 0.0)
+    assert c.aux_lr == c.disc_lr == c.lr
 
 
 # -------------------------------------------------------------------- the optimizers' small parts

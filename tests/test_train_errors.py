@@ -41,6 +41,8 @@ SENTENCES = [
     (f"{NANO} --steps 0", "argument --steps: expected a whole number of 1 or more, got 0"),
     (f"{NANO} --init_ratio 1.5", "argument --init_ratio: expected a number from 0 to 1, got 1.5"),
     (f"{NANO} --gan_ratio 0.5 0.2", "--gan_ratio 0.5 0.2: expected 0 <= A <= B <= 1"),
+    (f"{NANO} --share_passes --redraw", "--share_passes lets Eq. 1 take the pass of Eq. 2"),
+    (f"{NANO} --share_passes --soft_state", "with --soft_state the two read different inputs"),
     (f"{NANO} --zero --optimizer muon", "--zero shards the state of adam and adamw"),
     ("--teacher maskbit-tiny --reward", "--reward judges pictures by their prompts, and maskbit-tiny "
                                         "draws classes"),
