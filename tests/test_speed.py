@@ -1,5 +1,6 @@
 """Speed: nothing waits, nothing breaks a graph, a profile adds up, and a student leaves as one file."""
 
+import functools
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import teachers
 import train
-from machinery import profile
+from machinery import optim, profile
 from machinery.errors import UserError
 from machinery.files import ROOT
 from recipes.settings import settle
@@ -94,22 +96,28 @@ def test_a_profile_adds_up_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert 0 < row["not_matmul"] < 1 and "passes" in capsys.readouterr().out
 
 
-def test_compiled_networks_have_no_graph_breaks_and_are_compiled_once(tmp_path, monkeypatch):
-    def compile_by(counter):
-        def compile_in_place(self, **kwargs):
-            self._compiled_call_impl = torch.compile(
-                self._call_impl, backend=counter, fullgraph=True, **kwargs)
-        return compile_in_place
+def test_compiled_networks_are_compiled_once_whole_whatever_is_evaluated_and_however_many_train(
+        tmp_path, monkeypatch):
+    """A group of one has the DDP wrapper and its buckets, here so small that each would split a graph."""
+    def compile_in_place(self, **kwargs):
+        self._compiled_call_impl = torch.compile(
+            self._call_impl, backend=counter, fullgraph=True, **kwargs)
 
-    frames = []
-    for steps in (3, 6):
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    monkeypatch.setattr(optim, "DDP", functools.partial(optim.DDP, bucket_cap_mb=0.001))
+    for alone in (True, False):
         torch._dynamo.reset()
         counter = CompileCounter()
-        monkeypatch.setattr(nn.Module, "compile", compile_by(counter))
-        run(tmp_path, steps=steps, compile=True, overwrite=True, feature_noise=0.1, dtype="bf16")
-        frames.append(counter.frame_count)
-    # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
-    assert frames == [8, 8]
+        if not alone:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            run(tmp_path, steps=3, eval_every=2, compile=True, overwrite=True, feature_noise=0.1,
+                dtype="bf16")
+        finally:
+            if not alone:
+                dist.destroy_process_group()
+        # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
+        assert counter.frame_count == 8
 
 
 READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
