@@ -124,9 +124,9 @@ READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.a
          torch.ops.aten.equal, torch.ops.aten.is_nonzero)
 
 
-def test_the_host_reads_nothing_of_the_device_between_log_lines(tmp_path, monkeypatch):
-    """On a GPU each read waits for all that is queued. CPU tensors have the same calls."""
-    events = []                                       # numbers of steps, and reads
+def reads_of(monkeypatch, train_it):
+    """Numbers of steps, and what is read in them, in order."""
+    events = []
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -142,7 +142,26 @@ def test_the_host_reads_nothing_of_the_device_between_log_lines(tmp_path, monkey
 
     monkeypatch.setattr(train, "draw_step", draw_step)
     with Count():
-        run(tmp_path, steps=5, log_every=5, save_every=5, accum=2)
-    last = events.index(4)                            # the last step logs and saves
-    assert events[events.index(0) : last + 1] == [0, 1, 2, 3, 4]
+        train_it()
+    return events[events.index(0):]
+
+
+REWARD = dict(
+    teacher="meissonic-tiny", prompts="assets/prompts.txt", batch=4, steps=3, log_every=3,
+    save_every=3, student_start=0, reward=True, reward_start=0, random_weights=True, device="cpu",
+    init_from="teacher", eval_every=0, text_cache="off", reward_chunk=2, optimizer="adam")
+
+
+@pytest.mark.parametrize("reward", [False, True])
+def test_the_host_reads_nothing_of_the_device_between_log_lines(reward, tmp_path, monkeypatch):
+    """On a GPU each read waits for all that is queued. CPU tensors have the same calls."""
+    def train_it():
+        if reward:                                    # and prompts that are encoded at each step
+            train.train(settle(REWARD | dict(out=f"{tmp_path}/out")))
+        else:
+            run(tmp_path, steps=3, log_every=3, save_every=3, accum=2)
+
+    events = reads_of(monkeypatch, train_it)
+    last = events.index(2)                            # the last step logs and saves
+    assert events[:last + 1] == [0, 1, 2]
     assert "aten._local_scalar_dense.default" in events[last:]
