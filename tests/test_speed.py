@@ -96,6 +96,16 @@ def test_a_profile_adds_up_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert 0 < row["not_matmul"] < 1 and "passes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kernel, product", [
+    ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", True), ("aten::addmm", True),
+    ("aten::add", False), ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", True),
+    ("triton_poi_fused_convolution_silu_3", False), ("triton_red_fused_addmm_gelu_7", False),
+    ("triton_tem_fused_mm_2", True), ("void at::native::vectorized_elementwise_kernel<4>", False),
+])
+def test_a_profile_knows_matrix_products_by_the_names_of_kernels(kernel, product):
+    assert bool(profile.MATMUL.match(kernel)) == product
+
+
 def test_compiled_networks_are_compiled_once_whole_whatever_is_evaluated_and_however_many_train(
         tmp_path, monkeypatch):
     """A group of one has the DDP wrapper and its buckets, here so small that each would split a graph."""
