@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from machinery.errors import UserError
 from machinery.files import local
-from machinery.processes import autocast
+from machinery.processes import autocast, send
 from networks.blip import ImageReward, WordPiece
 from networks.clip import CLIP_H, ClipReward, preprocess
 from networks.weights import fetch, load_state, read_weights
@@ -82,7 +82,7 @@ def reward_grad(z, tokenizer, cond, rewards, prompts, weights, embed=soft_embed,
         part = slice(i, i + chunk)
         e_part = e[part].detach().requires_grad_()
         img = tokenizer.decode(e_part, tuple(c[part] for c in cond), clamp=True)      # (b, C, H, W)
-        scores = rewards(img, prompts[part])
+        scores = rewards(img, prompts[part], in_range=True)                           # clamped
         loss = -weighted(scores, weights).sum()                                            # Eq. (9)
         g_e += torch.autograd.grad(loss, e_part)
         seen.append(torch.stack(list(scores.values())).detach())                      # (rewards, b)
@@ -153,9 +153,12 @@ class Rewards(nn.Module):
             if self.bf16 and isinstance(part, MATRICES) and "head" not in name:
                 part.bfloat16()
 
-    def forward(self, img, prompts):
-        """Pixels (B, 3 or 1, H, W) in [0, 1], any size, and B prompts -> scores, float32."""
-        check(img, prompts)
+    def forward(self, img, prompts, in_range=False):
+        """Pixels (B, 3 or 1, H, W) in [0, 1], any size, and B prompts -> scores, float32.
+
+        in_range: the caller knows that, so the host need not wait for the pixels to be looked at.
+        """
+        check(img, prompts, in_range)
         resized = functools.cache(functools.partial(preprocess, img))     # once for each size
         scores = {}
         with autocast(img.device.type, self.bf16):            # whatever the caller's may be
@@ -163,19 +166,21 @@ class Rewards(nn.Module):
                 run = model
                 if self.checkpointing:
                     run = functools.partial(checkpoint, model, use_reentrant=False)
-                scores[name] = run(resized(model.size), model.tokenize(prompts).to(img.device))
+                scores[name] = run(resized(model.size), send(model.tokenize(prompts), img.device))
         return scores
 
 
-def check(img, prompts):
+def check(img, prompts, in_range=False):
     """Refuse what would be scored silently: bytes, pixels in [-1, 1], one string for all."""
     if img.ndim != 4 or img.shape[1] not in (1, 3) or not img.is_floating_point():
         raise UserError("rewards read floating-point images (B, 3 or 1, H, W), "
                         f"got {tuple(img.shape)} {img.dtype}")
+    check_prompts(prompts, len(img))
+    if in_range:
+        return
     low, high = img.detach().aminmax()
     if low < -0.1 or high > 1.1:                          # NaN passes: the trainer skips such steps
         raise UserError(f"rewards read pixels in [0, 1], got {low:.3g} to {high:.3g}")
-    check_prompts(prompts, len(img))
 
 
 def check_prompts(prompts, B):

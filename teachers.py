@@ -369,7 +369,7 @@ class Meissonic(TextMDM):
     def condition(self, states, final, pooled):
         """The text tower's outputs -> cond. Without padding mask: that is how it was trained."""
         B = pooled.shape[0]                      # len() would fix the batch of an exported program
-        micro = torch.tensor(self.micro, device=pooled.device).expand(B, -1)
+        micro = torch.cat([pooled.new_full((B, 1), size) for size in self.micro], 1)
         return states, pooled, micro, torch.zeros(B, device=pooled.device)
 
     def at(self, cond, t):

@@ -5,6 +5,7 @@ back to it.
 import contextlib
 import json
 import os
+import threading
 
 import torch
 
@@ -33,6 +34,51 @@ def save_checkpoint(path, state):
             os.remove(f"{path}.tmp")
         raise UserError(f"could not write {path} ({err}); is the disk full? The previous "
                         "checkpoint is untouched: make room and go on with --resume")
+
+
+def on_host(value):
+    """A copy of nested dicts and lists whose tensors are on the host: from a GPU, in pinned memory."""
+    if isinstance(value, dict):
+        return {key: on_host(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [on_host(part) for part in value]
+    if not torch.is_tensor(value):
+        return value
+    copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return copy.copy_(value, non_blocking=True)
+
+
+class Writer:
+    """Writes checkpoints in a thread, from a copy of the state, while training goes on.
+
+    What goes wrong in the thread is raised by the next `check`, `save` or `wait`.
+    """
+
+    def __init__(self):
+        self.thread = self.error = None
+
+    def save(self, path, state):
+        self.wait()
+        state = on_host(state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                  # the copies are complete
+        self.thread = threading.Thread(target=self.write, args=(path, state), name="checkpoint")
+        self.thread.start()
+
+    def write(self, path, state):
+        try:
+            save_checkpoint(path, state)
+        except Exception as err:
+            self.error = err
+
+    def check(self):
+        if self.error:
+            raise self.error
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+        self.check()
 
 
 def resumed_settings(path, given):

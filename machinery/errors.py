@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import sys
+import threading
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,38 @@ def peer_is_gone(err):
     return dist.is_initialized() and heard is not None
 
 
+def explained(err, out_of_memory, peer_lost, cannot_write):
+    """(exit code, sentence) for what the user can mend; None for a mistake of ours."""
+    if isinstance(err, UserError):
+        return 2, str(err)
+    if isinstance(err, torch.OutOfMemoryError):
+        return 2, f"{first_line(err)} To need less memory, {out_of_memory}"
+    if type(err).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 2, f"--compile failed ({first_line(err)}): --no-compile does without"
+    if isinstance(err, RuntimeError) and peer_is_gone(err):
+        return 3, (f"another process is gone ({first_line(err)}). Its own message says why: "
+                   f"{peer_lost}")
+    if isinstance(err, OSError):
+        return 2, f"{err}; {cannot_write}"
+    if isinstance(err, KeyboardInterrupt):
+        return 130, "stopped"
+    return None
+
+
+def leave(code):
+    """Exit. Out of a process group at once: to destroy it would wait for the others, and they wait
+    for this process. Only a checkpoint that is being written is finished first.
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def guard(main, out_of_memory="take a smaller --batch", peer_lost="start all processes again",
           cannot_write="nothing that was there before is damaged"):
     """Run a script's main(); what goes wrong ends in one sentence where the user can mend it.
@@ -43,29 +77,17 @@ def guard(main, out_of_memory="take a smaller --batch", peer_lost="start all pro
     Exit codes: 2 for such a sentence, 3 where another process is gone, 130 for Ctrl-C. The three
     hints say what helps in this script: memory is full, a process died, the disk is full.
     """
-    name = os.path.basename(sys.argv[0])
-
-    def leave(code, sentence):
-        print(f"{name}: {sentence}", file=sys.stderr)
-        sys.exit(code)
-
     try:
         main()
-    except UserError as err:
-        leave(2, err)
-    except torch.OutOfMemoryError as err:
-        leave(2, f"{first_line(err)} To need less memory, {out_of_memory}")
-    except RuntimeError as err:
-        if type(err).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            leave(2, f"--compile failed ({first_line(err)}): --no-compile does without")
-        if not peer_is_gone(err):
+    except (Exception, KeyboardInterrupt) as err:
+        found = explained(err, out_of_memory, peer_lost, cannot_write)
+        if found:
+            code, sentence = found
+            print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
+            leave(code)
+        if not dist.is_initialized():
             raise
-        leave(3, f"another process is gone ({first_line(err)}). Its own message says why: "
-                 f"{peer_lost}")
-    except OSError as err:
-        leave(2, f"{err}; {cannot_write}")
-    except KeyboardInterrupt:
-        leave(130, "stopped")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        traceback.print_exc()
+        leave(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()

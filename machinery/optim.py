@@ -7,10 +7,9 @@ import functools
 import math
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from machinery.processes import world_size
+from machinery.processes import broadcast, gather, is_main, joined, rank, world_size
 from machinery.profile import phase
 
 
@@ -71,6 +70,79 @@ class Muon:
             part.load_state_dict(state)
 
 
+def balanced(sizes, n):
+    """Which of n processes has each tensor: the largest first, each to the one that has least."""
+    load = [0] * n
+    owner = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owner[i] = load.index(min(load))
+        load[owner[i]] += sizes[i]
+    return owner
+
+
+class Sharded:
+    """ZeRO, stage 1: each process has the state of some tensors and updates these; then it sends
+    them to the others.
+
+    make: Adam or AdamW. To send, the tensors of a process are copied into one: as much memory as the
+    network, when no activations are alive.
+    """
+
+    found_inf = None
+
+    def __init__(self, make, params, **settings):
+        self.params = params
+        self.owner = balanced([p.numel() for p in params], world_size())
+        self.shares = [[] for _ in range(world_size())]
+        for p, owner in zip(params, self.owner):
+            self.shares[owner].append(p)
+        self.own = make([dict(params=self.shares[rank()])], **settings)      # may be none
+        self.param_groups = self.own.param_groups
+
+    @torch.no_grad()
+    def step(self):
+        self.own.found_inf = self.found_inf
+        self.own.step()
+        shares = [share for share in self.shares if share]            # the last may have none
+        flat = [torch.cat([p.flatten() for p in share]) for share in shares]
+        sent = [broadcast(t, owner) for owner, t in enumerate(flat)]
+        for share, t, work in zip(shares, flat, sent):
+            work.wait()
+            parts = t.split([p.numel() for p in share])
+            torch._foreach_copy_(share, [new.view_as(p) for p, new in zip(share, parts)])
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self):
+        """That of the optimizer that is not sharded, on the host of the main process; every process
+        must call it.
+        """
+        known = gather([i for i, p in enumerate(self.params) if p in self.own.state])
+        state = {}
+        for i in sorted(sum(known, [])):
+            p = self.params[i]
+            empty = dict(step=p.new_empty(()), exp_avg=torch.empty_like(p),
+                         exp_avg_sq=torch.empty_like(p))
+            parts = self.own.state.get(p, empty)
+            for t in parts.values():
+                broadcast(t, self.owner[i]).wait()
+            if is_main():
+                state[i] = {key: t.cpu() for key, t in parts.items()}
+        (group,) = self.own.state_dict()["param_groups"]
+        return dict(state=state, param_groups=[group | dict(params=list(range(len(self.params))))])
+
+    def load_state_dict(self, state):
+        """Keep one's own part; torch moves it, with the fused optimizer's `step`, to the device."""
+        mine = [i for i, owner in enumerate(self.owner) if owner == rank()]
+        own = {n: state["state"][i] for n, i in enumerate(mine) if i in state["state"]}
+        (group,) = state["param_groups"]
+        group = group | dict(params=list(range(len(mine))))
+        self.own.load_state_dict(dict(state=own, param_groups=[group]))
+        self.param_groups = self.own.param_groups
+
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon}
 
 
@@ -85,8 +157,6 @@ def update(optimizer, params, clip, lr):
     """
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
     optimizer.found_inf = (~torch.isfinite(norm)).float()
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.optim.found_inf = optimizer.found_inf
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -108,13 +178,13 @@ class Trained:
         self.params = [p for p in module.parameters() if p.requires_grad]
         # choice: eps of the official code, and weight decay for all three; Tab. 5 tells neither
         make = OPTIMIZERS[c.optimizer]
-        if c.zero and world_size() > 1:
-            make = functools.partial(ZeroRedundancyOptimizer, optimizer_class=make)
+        if c.zero and joined():
+            make = functools.partial(Sharded, make)
         self.optimizer = make(self.params, lr=lr, betas=(beta1, 0.999), eps=1e-6,
                               weight_decay=c.weight_decay, fused=True)
 
     def wrap(self, device):
-        if world_size() > 1:
+        if joined():
             devices = [device.index] if device.type == "cuda" else None
             self.model = DDP(self.module, devices, gradient_as_bucket_view=True)
 

@@ -2,11 +2,17 @@
 anything but these.
 """
 
+import contextlib
 import os
 import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+
+# How long a process waits for the others. Meanwhile the first may draw pictures, or fetch files.
+PATIENCE = timedelta(minutes=30)
 
 
 def join_processes(kind):
@@ -28,16 +34,23 @@ def join_processes(kind):
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=PATIENCE,
+            device_id=device if kind == "cuda" else None)
     return device
 
 
+def joined():
+    """Is there a process group, of one process at least?"""
+    return dist.is_initialized()
+
+
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def is_main():
@@ -46,21 +59,26 @@ def is_main():
 
 
 def barrier():
-    if dist.is_initialized():
+    if joined():
         dist.barrier()
 
 
 def all_reduce(t):
     """The sum over processes, in place; every process must call it."""
-    if dist.is_initialized():
+    if joined():
         dist.all_reduce(t)
     return t
+
+
+def broadcast(t, source):
+    """Overwrite t by that of process `source`, once what it returns has waited; all must call it."""
+    return dist.broadcast(t, source, async_op=True)
 
 
 def gather(thing):
     """What every process passed in, as a list; every process must call it."""
     everyone = [thing]
-    if dist.is_initialized():
+    if joined():
         everyone = [None] * world_size()
         dist.all_gather_object(everyone, thing)
     return everyone
@@ -86,3 +104,20 @@ def autocast(kind, bf16):
     nothing.
     """
     return torch.autocast(kind, torch.bfloat16, enabled=bf16)
+
+
+@contextlib.contextmanager
+def true_float32():
+    """Float32 to its last digit: neither autocast, nor TF32 in matrix products and convolutions.
+
+    For what others compare or keep: pixels, tokens of real images, features. Training's own float32
+    products may be TF32.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), autocast(kind, False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -18,8 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from machinery.processes import autocast
 
 COUNTED, WARM_UP, TRACED = 1, 3, 1                    # steps besides the N that are timed
+# Kernels of matrix products, by name. Fused pointwise kernels and reductions by Triton are named
+# after all that they contain, as triton_poi_fused_convolution_silu: they are none.
 MATMUL = re.compile(
-    r"gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn", re.I)
+    r"(?!triton_(poi|red|per))"
+    r".*(gemm|xmma|cutlass|nvjet|fmha|flash|conv|aten::(mm|addmm|bmm|baddbmm)$|mkldnn|triton_tem)",
+    re.I)
 current = None                                        # the Profile that is on
 
 
@@ -73,6 +77,8 @@ class Profile:
                 kind = torch.profiler.ProfilerActivity
                 activity = kind.CUDA if self.cuda else kind.CPU
                 self.tracer = stack.enter_context(torch.profiler.profile(activities=[activity]))
+            if self.cuda and n == COUNTED + WARM_UP:
+                torch.cuda.reset_peak_memory_stats()  # eager counting and compilation need more
             self.timing = n >= COUNTED + WARM_UP and self.tracer is None
             start = self.clock()
             yield
@@ -99,7 +105,7 @@ class Profile:
                 continue
             spent = event.self_device_time_total if self.cuda else event.self_cpu_time_total
             everything += spent
-            if MATMUL.search(event.key):
+            if MATMUL.match(event.key):
                 products += spent
         return products / everything
 

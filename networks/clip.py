@@ -20,12 +20,21 @@ from networks.weights import renames
 # ------------------------------------------------------------------------------------ preprocessing
 BICUBIC = TF.InterpolationMode.BICUBIC
 
-# Pixels in [0, 1] -> what all four rewards were trained on.
-normalize = functools.partial(
-    TF.normalize,
-    mean=[0.48145466, 0.4578275, 0.40821073],
-    std=[0.26862954, 0.26130258, 0.27577711],
-)
+MEAN = 0.48145466, 0.4578275, 0.40821073        # of the pixels that all four were trained on
+STD = 0.26862954, 0.26130258, 0.27577711
+
+
+@functools.lru_cache(maxsize=8)
+def moments(dtype, device):
+    """MEAN and STD, (3, 1, 1) each. Sent once: a copy from the host would wait for the device."""
+    both = torch.tensor([MEAN, STD], dtype=dtype)[..., None, None]
+    return tuple(both.to(device))
+
+
+def normalize(img):
+    """Pixels (..., 3, h, w) in [0, 1] -> what the rewards were trained on."""
+    mean, std = moments(img.dtype, img.device)
+    return (img - mean) / std
 
 
 def resize(img, size):

@@ -1,5 +1,6 @@
 """Speed: nothing waits, nothing breaks a graph, a profile adds up, and a student leaves as one file."""
 
+import functools
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import teachers
 import train
-from machinery import profile
+from machinery import optim, profile
 from machinery.errors import UserError
 from machinery.files import ROOT
 from recipes.settings import settle
@@ -94,31 +96,47 @@ def test_a_profile_adds_up_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert 0 < row["not_matmul"] < 1 and "passes" in capsys.readouterr().out
 
 
-def test_compiled_networks_have_no_graph_breaks_and_are_compiled_once(tmp_path, monkeypatch):
-    def compile_by(counter):
-        def compile_in_place(self, **kwargs):
-            self._compiled_call_impl = torch.compile(
-                self._call_impl, backend=counter, fullgraph=True, **kwargs)
-        return compile_in_place
+@pytest.mark.parametrize("kernel, product", [
+    ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", True), ("aten::addmm", True),
+    ("aten::add", False), ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", True),
+    ("triton_poi_fused_convolution_silu_3", False), ("triton_red_fused_addmm_gelu_7", False),
+    ("triton_tem_fused_mm_2", True), ("void at::native::vectorized_elementwise_kernel<4>", False),
+])
+def test_a_profile_knows_matrix_products_by_the_names_of_kernels(kernel, product):
+    assert bool(profile.MATMUL.match(kernel)) == product
 
-    frames = []
-    for steps in (3, 6):
+
+def test_compiled_networks_are_compiled_once_whole_whatever_is_evaluated_and_however_many_train(
+        tmp_path, monkeypatch):
+    """A group of one has the DDP wrapper and its buckets, here so small that each would split a graph."""
+    def compile_in_place(self, **kwargs):
+        self._compiled_call_impl = torch.compile(
+            self._call_impl, backend=counter, fullgraph=True, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    monkeypatch.setattr(optim, "DDP", functools.partial(optim.DDP, bucket_cap_mb=0.001))
+    for alone in (True, False):
         torch._dynamo.reset()
         counter = CompileCounter()
-        monkeypatch.setattr(nn.Module, "compile", compile_by(counter))
-        run(tmp_path, steps=steps, compile=True, overwrite=True, feature_noise=0.1, dtype="bf16")
-        frames.append(counter.frame_count)
-    # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
-    assert frames == [8, 8]
+        if not alone:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            run(tmp_path, steps=3, eval_every=2, compile=True, overwrite=True, feature_noise=0.1,
+                dtype="bf16")
+        finally:
+            if not alone:
+                dist.destroy_process_group()
+        # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
+        assert counter.frame_count == 8
 
 
 READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
          torch.ops.aten.equal, torch.ops.aten.is_nonzero)
 
 
-def test_the_host_reads_nothing_of_the_device_between_log_lines(tmp_path, monkeypatch):
-    """On a GPU each read waits for all that is queued. CPU tensors have the same calls."""
-    events = []                                       # numbers of steps, and reads
+def reads_of(monkeypatch, train_it):
+    """Numbers of steps, and what is read in them, in order."""
+    events = []
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -134,7 +152,26 @@ def test_the_host_reads_nothing_of_the_device_between_log_lines(tmp_path, monkey
 
     monkeypatch.setattr(train, "draw_step", draw_step)
     with Count():
-        run(tmp_path, steps=5, log_every=5, save_every=5, accum=2)
-    last = events.index(4)                            # the last step logs and saves
-    assert events[events.index(0) : last + 1] == [0, 1, 2, 3, 4]
+        train_it()
+    return events[events.index(0):]
+
+
+REWARD = dict(
+    teacher="meissonic-tiny", prompts="assets/prompts.txt", batch=4, steps=3, log_every=3,
+    save_every=3, student_start=0, reward=True, reward_start=0, random_weights=True, device="cpu",
+    init_from="teacher", eval_every=0, text_cache="off", reward_chunk=2, optimizer="adam")
+
+
+@pytest.mark.parametrize("reward", [False, True])
+def test_the_host_reads_nothing_of_the_device_between_log_lines(reward, tmp_path, monkeypatch):
+    """On a GPU each read waits for all that is queued. CPU tensors have the same calls."""
+    def train_it():
+        if reward:                                    # and prompts that are encoded at each step
+            train.train(settle(REWARD | dict(out=f"{tmp_path}/out")))
+        else:
+            run(tmp_path, steps=3, log_every=3, save_every=3, accum=2)
+
+    events = reads_of(monkeypatch, train_it)
+    last = events.index(2)                            # the last step logs and saves
+    assert events[:last + 1] == [0, 1, 2]
     assert "aten._local_scalar_dense.default" in events[last:]

@@ -4,15 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from machinery import checkpoint
-from machinery.errors import UserError
+from machinery.errors import UserError, guard
 from machinery.files import ROOT
 from tests.runs import free_port, log_of, run, same, same_run
 
@@ -117,14 +119,14 @@ def test_a_run_whose_peer_dies_ends_with_a_sentence_within_seconds(tmp_path):
     assert "--resume" in said and "Traceback" not in said
 
 
+def full_disk(state, f):
+    f.write(b"half of a checkpoint")
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = str(tmp_path / "ckpt.pt")
     checkpoint.save_checkpoint(path, dict(step=1))
-
-    def full_disk(state, f):
-        f.write(b"half of a checkpoint")
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(UserError, match="disk full.*--resume"):
         checkpoint.save_checkpoint(path, dict(step=2))
@@ -141,6 +143,62 @@ def test_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, 
         f"save_checkpoint({path!r}, dict(step=3))")
     assert start("-c", dies_while_writing).wait() == 9
     assert torch.load(path, weights_only=True) == dict(step=1)
+
+
+def test_a_checkpoint_is_a_copy_written_while_training_goes_on_and_an_error_of_it_ends_the_run(
+        tmp_path, monkeypatch):
+    path, writer, weights = str(tmp_path / "ckpt.pt"), checkpoint.Writer(), torch.zeros(3)
+    trained, save = threading.Event(), torch.save
+
+    def slow_disk(state, f):
+        assert trained.wait(60)
+        save(state, f)
+
+    monkeypatch.setattr(torch, "save", slow_disk)
+    writer.save(path, dict(step=1, nets=[dict(weights=weights)]))
+    weights += 1
+    writer.check()
+    assert not os.path.exists(path)
+    trained.set()
+    writer.wait()
+    kept = dict(step=1, nets=[dict(weights=torch.zeros(3))])
+    assert same(torch.load(path, weights_only=True), kept)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    writer.save(path, dict(step=2))
+    for again in (writer.wait, writer.check, lambda: writer.save(path, dict(step=3))):
+        with pytest.raises(UserError, match="disk full"):
+            again()
+    assert same(torch.load(path, weights_only=True), kept)
+    with pytest.raises(UserError, match="disk full"):             # at the last step, too
+        run(tmp_path, steps=1)
+
+
+def test_an_error_in_a_process_group_ends_the_process_at_once_and_its_checkpoint_whole(tmp_path):
+    """destroy_process_group() would wait for the others, who wait for this one, where NCCL is used."""
+    said, save = tmp_path / "said.txt", torch.save
+
+    def slow_disk(state, f):
+        time.sleep(0.3)
+        save(state, f)
+
+    for err, code, words in ((UserError("too few"), 2, "too few"), (KeyError(), 1, "Traceback")):
+        def fail():
+            checkpoint.Writer().save(f"{tmp_path}/{code}.pt", dict(step=code))
+            raise err
+
+        child = os.fork()
+        if child == 0:
+            sys.stderr = open(said, "w")
+            torch.save = slow_disk
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            try:
+                guard(fail)
+            finally:
+                os._exit(77)                          # it has not left at once
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+        assert words in said.read_text()
+        assert torch.load(f"{tmp_path}/{code}.pt", weights_only=True) == dict(step=code)
 
 
 def test_a_resumed_run_writes_where_the_flags_say_and_not_where_the_checkpoint_does(

@@ -115,14 +115,8 @@ def test_two_gloo_processes_make_the_same_update_as_one_also_with_sharded_optimi
     assert_same_log(f"{tmp_path}/one", f"{tmp_path}/two")
     two = torch.load(f"{tmp_path}/two/ckpt.pt", weights_only=True)
     sharded = torch.load(f"{tmp_path}/zero/ckpt.pt", weights_only=True)
-    assert close_run(one, two) and close_run(one, sharded)
-
-    def moments(ckpt):
-        return [state["exp_avg"] for name in ("student", "aux", "disc")
-                for state in ckpt["optimizers"][name]["state"].values()]
-
-    assert len(moments(sharded)) == len(moments(one)) > 0
-    assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(moments(one), moments(sharded)))
+    assert close_run(one, two)
+    assert same_run(two, sharded)                     # the optimizers' state dicts, too
     further = run(tmp_path, out=f"{tmp_path}/zero", resume=True, steps=8)     # by one process
     assert further["step"] == 8
     assert all(torch.isfinite(t).all() for t in further["student"].values())
