@@ -1124,7 +1124,7 @@ def test_training_steps_have_the_golden_losses_and_gradients(beta):
         assert measured["student_norm"].item() == pytest.approx(student["student_norm"], rel=5e-6)
         assert measured["aux_loss"].item() == pytest.approx(aux["loss"][step], rel=1e-6)
         assert measured["aux_norm"].item() == pytest.approx(aux["norm"][step], rel=5e-6)
-        agrees(measured["gradient"], **student["gradient"], tol=1e-5)
+        agrees(measured["gradient"], **student["gradient"], tol=1e-5, sum_tol=5e-6)
 
 
 @pytest.mark.parametrize("beta", [-0.2, 0.0])

@@ -46,26 +46,40 @@ def golden(name):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def agrees(t, first, abs_sum=None, tol=5e-5):
-    """Assert the first entries of t within tol, and the sum of all absolute values to a millionth.
+def agrees(t, first, abs_sum=None, tol=5e-5, sum_tol=1e-6):
+    """Assert the first entries of t within tol, and the sum of all absolute values within sum_tol
+    of its size.
 
     Where the tolerances come from: two float32 programs that add in different orders differ by a
     few units in the seventh digit per layer. Over all golden tests that is at most 6e-6 for entries
     around 1, and 4e-7 for sums, in which errors cancel. 5e-5 leaves room for the kernels of another
     CPU, and is still far below what a wrong constant or formula does (1e-3 and more). Where tol is
     given, the numbers are small or the computation short, and it is as tight as that allows.
+    Gradients of a divergence are differences of two softmaxes that nearly agree, so a digit is
+    lost, and their sums get sum_tol=5e-6: 1.1e-6 was seen with AVX2 alone.
     """
     t = t.detach().double().flatten()
     error = (t[: len(first)] - torch.tensor(first, dtype=torch.float64)).abs().max()
     assert error < tol, f"first entries {t[: len(first)].tolist()} are {error:.1e} off"
     if abs_sum is not None:
         total = t.abs().sum()
-        assert abs(total / abs_sum - 1) < 1e-6, f"abs sum {total:.9g}, expected {abs_sum}"
+        assert abs(total / abs_sum - 1) < sum_tol, f"abs sum {total:.9g}, expected {abs_sum}"
 
 
 def close(a, b, atol=1e-6):
     """Equal within some roundings of a float32 around 1: for one sum, computed in two ways."""
     return torch.allclose(a, b, rtol=0, atol=atol)
+
+
+def same_psnr(a, b):
+    """Equal PSNRs in dB, where the same uint8 images were computed in batches of other sizes.
+
+    Another batch size is another order of sums, and which one depends on the CPU. A value that
+    stands close to the edge between two bytes may then fall on the other side. Among 12 images of
+    32x32, 36,864 values with errors around 80, one such step moves the sum of squares by 2 x 80,
+    and the PSNR by 3e-6 dB. 1e-4 is thirty of them; a wrong divisor or a lost image is 0.1 dB.
+    """
+    return abs(a - b) < 1e-4
 
 
 def fingerprint(shapes):

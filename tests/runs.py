@@ -1,5 +1,6 @@
 """Small training runs: settings of some seconds, made-up data, comparison to the last bit."""
 
+import contextlib
 import json
 import os
 import socket
@@ -97,6 +98,20 @@ def made_up_data(folder, name):
     with open(f"{folder}/meta.json", "w") as f:
         json.dump({"V": net.V, "complete": True}, f)
     return folder
+
+
+@contextlib.contextmanager
+def one_thread():
+    """torch computes with one thread here, as in processes that tests start.
+
+    Other numbers of threads add in other orders, and a draw close to a tie may end differently.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def free_port():
