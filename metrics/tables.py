@@ -6,8 +6,9 @@ from metrics.published import in_words
 
 # Keys of rows, in the order of columns.
 COLUMNS = ("steps temperature guidance n fid is geneval single_object two_object counting colors "
-           "position color_attr clip imagereward chroma clip_score hps anime concept-art paintings "
-           "photo precision recall density coverage images/s tokens_only/s psnr published").split()
+           "position color_attr clip imagereward chroma clip_score hps hps_v2.0 anime concept-art "
+           "paintings photo precision recall density coverage images/s tokens_only/s "
+           "seconds/prompt psnr published").split()
 FORMATS = {                                           # of what is not .2f
     "steps": "d", "n": "d", "temperature": "g", "guidance": "g",
     "images/s": ".1f", "tokens_only/s": ".1f",

@@ -28,11 +28,13 @@ def judge_fashion(teacher, extractor, reference, make_images, n, batch=250, seed
 
 
 @torch.no_grad()
-def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None):
+def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None,
+                 asked=None):
     """GenEval's six tasks, scored exactly by the reader of shapes, and rewards, on n prompts.
 
     Chroma, max - min of a pixel's colors in [0, 1], tells over-saturation, which is what a reward
-    without Di[M]O ends in.
+    without Di[M]O ends in. asked: for each prompt what make_images draws it from, by default rows
+    of teacher.conditions.
     """
     prompts, metadata = benchmark(n, seed)
 
@@ -45,7 +47,8 @@ def judge_shapes(teacher, rewards, make_images, n, batch=250, seed=0, desc=None)
         return torch.stack([torch.tensor(right).to(chroma), chroma, *scores.values()], 1)
 
     names = ["right", "chroma", *rewards.models]
-    asked = teacher.conditions(prompts)
+    if asked is None:
+        asked = teacher.conditions(prompts)
     scores, facts = scored(make_images, asked, score, len(names), batch, seed, desc)
     tags = [line["tag"] for line in metadata]
     tasks = geneval_table(zip(tags, scores[:, 0].tolist()))
