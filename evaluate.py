@@ -65,7 +65,7 @@ from machinery.processes import autocast, is_main, join_processes
 from machinery.records import append_rows
 from metrics.benchmarks import (BENCHMARKS, HPS, benchmark_flags, expect_text, geneval_folder,
                                 load_benchmarks, run_benchmark)
-from metrics.engine import in_turn
+from metrics.engine import in_turn, usual_batch
 from metrics.fid import METRICS, image_metrics
 from metrics.published import published
 from metrics.reconstruction import reconstruction
@@ -194,11 +194,6 @@ def judges(args, model, space, benchmarks, device):
 
 
 # ------------------------------------------------------------------------------- a row for each
-def batch_size(args, teacher):
-    """--batch, or as many images as have 16,384 tokens: 250 at most."""
-    return args.batch or min(250, 2**14 // teacher.net.L)
-
-
 def rounding(spec):
     return "uint8, rounded" if spec.rounds else "uint8, truncated"
 
@@ -214,7 +209,7 @@ def drawn_rows(args, space, benchmarks, device):
         for judge in judges(args, model, space, benchmarks, device):
             with autocast(device.type, args.bf16):
                 row = judge.score(model.make_images, seed=args.seed, desc=model.caption,
-                                  batch=batch_size(args, teacher))
+                                  batch=args.batch or usual_batch(teacher))
             if spec.classes:
                 row["per_class"] = row["n"] / spec.classes
             row = {**model.facts, **hashes(teacher), **row,
@@ -257,7 +252,7 @@ def reconstruction_rows(args, space, device):
         for split in ("train", "t10k"):
             img = torch.from_numpy(load_images(split)[0]).to(device)
             sources[split] = img, img.__getitem__, lambda: None
-    batch = batch_size(args, teacher)
+    batch = args.batch or usual_batch(teacher)
     for name, images in sources.items():
         for row in reconstruction(teacher, name, images, n, extractor, reference, batch, device):
             yield row | {"pixels": rounding(teacher.spec)}

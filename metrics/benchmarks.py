@@ -227,6 +227,18 @@ def clip_score_tokens(captions):
     return ids
 
 
+def cropped(img):
+    """A picture as CLIP score sees it: its center, 256 px."""
+    return Image.fromarray(coco_crop(img))
+
+
+def clip_cosines(model, pictures, captions):
+    """The cosine of each picture's features and its caption's, (n,)."""
+    device = model.clip.logit_scale.device
+    pixels = torch.stack([preprocess_pil(cropped(img), model.size) for img in pictures])
+    return model(pixels.to(device), clip_score_tokens(captions).to(device))
+
+
 def clip_score(args, path, device, load_detector):
     """The mean cosine, not times 100, of ViT-g-14's features of an image and of its caption."""
     captions = read_prompts(path, "--metadata", numbered=True)
@@ -237,13 +249,12 @@ def clip_score(args, path, device, load_detector):
             save_images(folder, (), "png")
 
     def score(folder, part, pictures):
-        crops = [Image.fromarray(coco_crop(img)) for img in pictures]
         if args.save_images:
-            images = crops if args.save_images == "cropped" else pictures
-            for i, img in enumerate(images, part.start):
+            for i, img in enumerate(pictures, part.start):
+                if args.save_images == "cropped":
+                    img = cropped(img)
                 img.save(f"{folder}/{i:05d}.png")
-        pixels = torch.stack([preprocess_pil(img, model.size) for img in crops])
-        return model(pixels.to(device), clip_score_tokens(captions[part]).to(device))
+        return clip_cosines(model, pictures, captions[part])
 
     def row(scores):
         return {"clip_score": scores.mean().item(), **facts}

@@ -19,9 +19,12 @@ FORMATS = {                                           # of what is not .2f
 
 def headline(row):
     """A row in a few words."""
-    if "fid" in row:
-        return f"FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}"
-    return f"GenEval {row['geneval']:.3f}, CLIP {row['clip']:.2f}"
+    names = {
+        "fid": "FID", "precision": "precision", "recall": "recall",
+        "geneval": "GenEval", "clip": "CLIP", "clip_score": "CLIP score",
+    }
+    measured = [key for key in names if row.get(key) is not None]
+    return ", ".join(f"{names[key]} {cell(row, key)}" for key in measured)
 
 
 def small_print(row):
