@@ -51,6 +51,8 @@ def flags(description=None):
     add("eval_metadata", None, str,
         "evaluate by GenEval's tasks (Mask2Former) and CLIP score: its evaluation_metadata.jsonl",
         metavar="PATH")
+    add("keep", 0, nonnegative_int,
+        "weights of so many evaluations stay in --out, student_STEP.safetensors, besides the best")
 
     f.group("teacher")
     add("teacher_weights", None, str, LOCAL_FILE)
