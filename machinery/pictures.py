@@ -75,22 +75,22 @@ COLORS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f".split
 
 
 def curves(panels, path, columns=3):
-    """Write a PNG of small plots {title: {name: [(x, y), ...]}}, with the range of x and y."""
+    """Write a PNG of small plots {title: {name: [(x, y), ...]}}. All show the same range of x."""
     W, H = PANEL
     rows = math.ceil(len(panels) / columns)
     page = Image.new("RGB", (columns * W, rows * H), "white")
     draw = ImageDraw.Draw(page)
+    xs = [x for lines in panels.values() for line in lines.values() for x, _ in line]
     for i, (title, lines) in enumerate(panels.items()):
-        plot(draw, i % columns * W, i // columns * H, title, lines)
+        plot(draw, i % columns * W, i // columns * H, title, lines, min(xs), max(xs))
     with replacing(path) as f:
         page.save(f, format="PNG", optimize=True)
 
 
-def plot(draw, left, top, title, lines):
-    """One plot of `curves`, its corner at (left, top)."""
-    xs, ys = zip(*(point for line in lines.values() for point in line))
+def plot(draw, left, top, title, lines, first, last):
+    """One plot of `curves`, its corner at (left, top), for x from first to last."""
+    ys = [y for line in lines.values() for _, y in line]
     low, high = min(ys), max(ys)
-    first, last = min(xs), max(xs)
     x0, x1 = left + LEFT, left + PANEL[0] - RIGHT     # the frame
     y0, y1 = top + TOP, top + PANEL[1] - BOTTOM
 
@@ -99,7 +99,7 @@ def plot(draw, left, top, title, lines):
         up = (y - low) / (high - low or 1)
         return x0 + along * (x1 - x0), y1 - up * (y1 - y0)
 
-    for y in (low, (low + high) / 2, high):
+    for y in {low, (low + high) / 2, high}:
         height = place(first, y)[1]
         draw.line([(x0, height), (x1, height)], "#dddddd")
         draw.text((x0 - 6, height), f"{y:.3g}", "black", anchor="rm", font_size=11)
@@ -111,7 +111,7 @@ def plot(draw, left, top, title, lines):
     at += draw.textlength(title, font_size=13) + 12
     for (name, line), color in zip(lines.items(), itertools.cycle(COLORS)):
         points = [place(x, y) for x, y in line]
-        draw.line(points, color, width=2)
+        draw.line(points, color)
         for x, y in points[-1:]:                      # a line of one point would not be seen
             draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)
         if len(lines) > 1:

@@ -110,8 +110,8 @@ def keep_weights(run, step):
         run.say(f"step {step} is the best so far: {c.out}/best.safetensors")
     if c.keep:
         write_weights(run.ema, snapshot(c, step))
-        earlier = range(0, step, c.eval_every)
-        for old in earlier[: len(earlier) + 1 - c.keep]:
+        written = [*range(0, step, c.eval_every), step]
+        for old in written[: -c.keep]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(snapshot(c, old))
 
@@ -141,11 +141,12 @@ def log_panels(path):
         titles = {key: key.partition("_")[0] for key in row}
         if "model" in row:
             titles = EVALUATED
-        for key in titles.keys() & row.keys() - {"step"}:
-            value = row[key]
-            if value is not None and math.isfinite(value):
-                lines = panels.setdefault(titles[key], {})
-                lines.setdefault(key, []).append((row["step"], value))
+        for key, title in titles.items():
+            value = row.get(key)
+            if key == "step" or value is None or not math.isfinite(value):
+                continue
+            lines = panels.setdefault(title, {})
+            lines.setdefault(key, []).append((row["step"], value))
     return panels
 
 
