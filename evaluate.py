@@ -63,9 +63,9 @@ from machinery.flags import (add_device, add_teacher_files, add_weights, check_d
 from machinery.pictures import sheet, spread
 from machinery.processes import autocast, is_main, join_processes
 from machinery.records import append_rows
-from metrics.benchmarks import (BENCHMARKS, expect_text, geneval_folder, load_benchmarks,
-                                run_benchmark)
-from metrics.engine import in_turn
+from metrics.benchmarks import (BENCHMARKS, HPS, benchmark_flags, expect_text, geneval_folder,
+                                load_benchmarks, run_benchmark)
+from metrics.engine import in_turn, usual_batch
 from metrics.fid import METRICS, image_metrics
 from metrics.published import published
 from metrics.reconstruction import reconstruction
@@ -188,16 +188,12 @@ def judges(args, model, space, benchmarks, device):
         yield image_judge(args, teacher, space, folder, device)
     for (task, benchmark), path in zip(benchmarks.items(), args.metadata):
         expect_text(teacher.spec, task)
-        score = partial(run_benchmark, benchmark, teacher, folder=f"{args.out}/{task}/{name}")
+        asked = teacher.conditions(benchmark.prompts)
+        score = partial(run_benchmark, benchmark, asked, folder=f"{args.out}/{task}/{name}")
         yield Judge(score, benchmark.prompts, path)
 
 
 # ------------------------------------------------------------------------------- a row for each
-def batch_size(args, teacher):
-    """--batch, or as many images as have 16,384 tokens: 250 at most."""
-    return args.batch or min(250, 2**14 // teacher.net.L)
-
-
 def rounding(spec):
     return "uint8, rounded" if spec.rounds else "uint8, truncated"
 
@@ -213,7 +209,7 @@ def drawn_rows(args, space, benchmarks, device):
         for judge in judges(args, model, space, benchmarks, device):
             with autocast(device.type, args.bf16):
                 row = judge.score(model.make_images, seed=args.seed, desc=model.caption,
-                                  batch=batch_size(args, teacher))
+                                  batch=args.batch or usual_batch(teacher))
             if spec.classes:
                 row["per_class"] = row["n"] / spec.classes
             row = {**model.facts, **hashes(teacher), **row,
@@ -256,7 +252,7 @@ def reconstruction_rows(args, space, device):
         for split in ("train", "t10k"):
             img = torch.from_numpy(load_images(split)[0]).to(device)
             sources[split] = img, img.__getitem__, lambda: None
-    batch = batch_size(args, teacher)
+    batch = args.batch or usual_batch(teacher)
     for name, images in sources.items():
         for row in reconstruction(teacher, name, images, n, extractor, reference, batch, device):
             yield row | {"pixels": rounding(teacher.spec)}
@@ -275,6 +271,22 @@ def all_rows(args, space, benchmarks, device):
 
 
 # --------------------------------------------------------------------------------------- the page
+def benchmarks_of(args, device):
+    """{name: Benchmark} of --benchmark, or of those in --metrics."""
+    if args.benchmark and args.metrics:
+        raise UserError(f"--benchmark {args.benchmark} is short for --metrics {args.benchmark}: "
+                        "give one of the two")
+    others = []
+    if args.geneval_folder:
+        others = ["geneval"]
+        if not args.detector:
+            raise UserError(f"--geneval_folder {args.geneval_folder} is scored here: "
+                            "add --detector mask2former, or shapes")
+    named = [args.benchmark] if args.benchmark else args.metrics
+    names = [name for name in named if name in BENCHMARKS]
+    return load_benchmarks(args, names, device, load_detector, others)
+
+
 def export_student(args, device):
     if len(args.ckpt) != 1:
         raise UserError(f"--export {args.export} writes one student: name it by --ckpt PATH")
@@ -290,7 +302,7 @@ def main(args):
     os.makedirs(args.out, exist_ok=True)
     if args.export:
         return export_student(args, device)
-    benchmarks = load_benchmarks(args, device, load_detector)
+    benchmarks = benchmarks_of(args, device)
     space = load_feature_space(args, device)          # (Inception, real side), or None
     if args.save_reference:
         return
@@ -370,23 +382,14 @@ def flags():
     add("--crop", action="store_true",
         help="both sides to the central square and 256 px first (COCO-30k)")
 
-    add = ap.add_argument_group("benchmarks of text to image").add_argument
+    add = benchmark_flags(ap)
     add("--benchmark", choices=BENCHMARKS,
         help="--metrics of one: draw it, write images below OUT, score them")
-    add("--metadata", nargs="+", default=[], metavar="PATH",
-        help="prompts of the benchmark, or of several in their order: "
-             + "; ".join(f"{name}: {words}" for name, (_, words) in BENCHMARKS.items()))
-    add("--per_prompt", type=positive_int, default=4,
-        help="geneval: images per prompt (default: %(default)s)")
-    add("--detector", choices=["mask2former", "shapes"],
-        help="geneval: score it here, too (published: mmdetection's; --detector_weights takes a "
-             "folder)")
     add("--geneval_folder", metavar="DIR",
         help="score this folder of GenEval's layout by --detector, draw nothing")
-    add("--save_images", nargs="?", const="cropped", choices=["cropped", "whole"],
-        help="keep PNGs below OUT: as CLIP score sees them at 256 px (COCO-30k), or whole "
-             "(MJHQ-30k); a FID's whole")
-    add_weights(add, "detector", "clip_l", "hps", "clip_g")
+    add("--hps_version", choices=HPS, default="v2.1",
+        help="hps: which of its two networks scores (default: %(default)s)")
+    add_weights(add, "hps")
 
     add = ap.add_argument_group("how to measure").add_argument
     add("--metrics", nargs="+", default=[], choices=[*METRICS, *BENCHMARKS],

@@ -50,7 +50,7 @@ from reward import reward_grad, rewards_for, weighted
 from soft_embed import (ESTIMATORS, concentration, embed_tokens, gumbel, sample_tokens,
                         soft_embed)
 from teachers import load_teacher
-from worlds.judges import load_judge
+from worlds.judges import training_judge
 from worlds.looking import finish, look, one_step, samples
 
 
@@ -500,10 +500,10 @@ def set_up(c):
         run.start = samples(run, one_step(run, student.eval()))               # what theta_0 draws
         student.train()
     open_files(run)
-    run.judge = load_judge(run.teacher, device)
+    run.judge = training_judge(c, run.teacher, run.prompts, device)
     if run.judge is None:
         run.say(f"{run.teacher.spec.name}: samples are drawn, not judged, while it trains; for FID "
-                "see evaluate.py --reference")
+                "add --eval_reference")
     if c.profile:
         run.profile = Profile(device, c.profile)
     if c.compile:                                     # in place: state-dict keys stay as they are

@@ -25,6 +25,8 @@ backward, and F = 0.95 forward, which the best-of-N times give for four starts, 
     python tteo.py --ckpt out/run/ckpt.pt --prompt "a blue ring above a green square"
     python tteo.py --ckpt out/run/ckpt.pt --benchmark 300      # one start, TTEO, best-of-N: GenEval
     python tteo.py --ckpt student.pt --teacher maskgen --prompt "..." --rewards clip --starts 8
+    torchrun --nproc_per_node=4 tteo.py --ckpt ... --metrics geneval hps \\
+        --metadata metadata.jsonl HPDv2/benchmark --best_of 8 16 32 64         # Tab. 3, 6; Fig. 14
 """
 
 import functools
@@ -39,11 +41,13 @@ from machinery.errors import UserError, guard
 from machinery.files import fingerprint
 from machinery.flags import (add_device, add_teacher_files, add_weights, check_device, nonnegative,
                              number, parser, positive_int, share)
-from machinery.processes import autocast, now
+from machinery.processes import autocast, join_processes, now, world_size
+from metrics.benchmarks import BENCHMARKS, benchmark_flags, load_benchmarks
 from reward import RENO, clip_each, reno_loss, rewards_for
 from soft_embed import embed_tokens, soft_embed
 from teachers import FILES, load_student, load_teacher
-from worlds.comparing import benchmark, one_prompt
+from worlds.comparing import on_benchmark, on_shapes, one_prompt
+from worlds.judges import load_detector
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -184,6 +188,7 @@ def flags():
     what("--prompt", help="what to draw")
     what("--benchmark", type=number(6, 10**5, int), metavar="N",
          help="draw N prompts of the world of shapes, with GenEval of all")
+    what("--metrics", nargs="+", choices=BENCHMARKS, help="draw these benchmarks")
     add("--ckpt", metavar="PATH", help="student: a checkpoint of train.py, or bare weights with "
         "--teacher (default: the teacher itself takes the one step)")
     add("--teacher", metavar="NAME", help="text teacher, as meissonic, maskgen, meissonic-tiny")
@@ -201,13 +206,19 @@ def flags():
     add("--clip", type=nonnegative, help="largest gradient norm of a start (none; ReNO: 0.1)")
     add("--regularize", type=nonnegative, default=0.0, help="norm penalty's weight (0; ReNO: 0.01)")
     add("--seed", type=number(0, 2**32, int), default=0, help="seed of the starts (0)")
+    benchmark_flags(ap)
+    ap.set_defaults(hps_version="v2.1")               # the paper's, and the reward's
     add = ap.add_argument_group("system").add_argument
+    add("--best_of", type=positive_int, nargs="+", metavar="N",
+        help="starts of best-of-N beside a benchmark's TTEO (default: as many as take its time)")
+    add("--batch", type=positive_int,
+        help="images of a benchmark that are drawn together (20 of --benchmark, 4 of --metrics)")
     add("--chunk", type=positive_int,
-        help="starts that share a batch (default: --starts; with --benchmark all of 20 prompts)")
+        help="starts that share a batch (default: --starts; of a benchmark, all of --batch images)")
     add("--checkpointing", action="store_true", help="recompute activations, to save memory")
     add("--bf16", action="store_true", help="all but the decoder in bfloat16")
     add_device(add)
-    add("--out", default="out/tteo", help="folder of results.jsonl (grows), tteo.png (out/tteo)")
+    add("--out", default="out/tteo", help="folder of results.jsonl (grows), pictures (out/tteo)")
     return ap
 
 
@@ -216,11 +227,19 @@ def main(args):
     if not (args.ckpt or args.teacher):
         raise UserError("who draws? Name a student by --ckpt PATH, or a text teacher by "
                         "--teacher NAME")
+    for flag in ("best_of", "batch"):
+        if args.prompt and getattr(args, flag):
+            raise UserError(f"--{flag} belongs to a benchmark: --metrics, or --benchmark")
+    device = join_processes(args.device)
+    if args.prompt and world_size() > 1:
+        raise UserError("one --prompt is drawn by one process: start it without torchrun")
+    benchmarks = load_benchmarks(args, args.metrics or [], device, load_detector,
+                                 others=args.rewards or RENO)
     files = {key: getattr(args, key) for key in FILES}
     if args.ckpt:
-        teacher, net, config = load_student(args.ckpt, args.teacher, args.device, **files)
+        teacher, net, config = load_student(args.ckpt, args.teacher, device, **files)
     else:
-        teacher = load_teacher(args.teacher, device=args.device, **files)
+        teacher = load_teacher(args.teacher, device=device, **files)
         net, config = teacher.net, {}
     spec = teacher.spec
     if teacher.text is None:
@@ -230,7 +249,7 @@ def main(args):
     mix = RENO | dict.fromkeys(spec.rewards, 1.0)     # a tiny world's judges have equal weights
     weights = {name: args.scale * mix[name] for name in args.rewards or spec.rewards or RENO}
     paths = {name: getattr(args, f"{name}_weights") for name in weights}
-    rewards = rewards_for(spec, weights, paths, args.random_weights, device=args.device,
+    rewards = rewards_for(spec, weights, paths, args.random_weights, device=device,
                           vocab=args.bert_vocab, dtype=torch.bfloat16 if args.bf16 else None,
                           checkpointing=args.checkpointing)
     for network in (net, teacher.tokenizer):
@@ -248,10 +267,13 @@ def main(args):
                         generator, **sgd)
 
     facts = start | {"student": fingerprint(net)}
-    if args.benchmark:
-        benchmark(args, teacher, rewards, draw, facts | {"sgd": sgd})
-    else:
+    if args.prompt:
         one_prompt(args, teacher, rewards, weights, draw, facts)
+    facts |= {"sgd": sgd, "weights": weights}
+    if args.benchmark:
+        on_shapes(args, teacher, rewards, draw, facts, config)
+    for name, bench in benchmarks.items():
+        on_benchmark(args, teacher, draw, facts, config, name, bench)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Pictures: uint8 tensors as PIL pictures, as a folder of files, as one labeled sheet."""
+"""Pictures: uint8 tensors as PIL pictures, as a folder of files, as one labeled sheet; and curves.
+"""
 
+import itertools
 import math
 import os
 import textwrap
@@ -64,3 +66,54 @@ def sheet(strips, path, columns=None, words=None):
 def spread(everything, n):
     """n of them, in even steps from the first on; some come twice where there are fewer."""
     return [everything[i * len(everything) // n] for i in range(n)]
+
+
+# ----------------------------------------------------------------------------------------- curves
+PANEL = 400, 230                                      # width and height of a plot, in pixels
+LEFT, TOP, RIGHT, BOTTOM = 64, 26, 16, 24             # its margins, with title and numbers
+COLORS = "#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #7f7f7f".split()
+
+
+def curves(panels, path, columns=3):
+    """Write a PNG of small plots {title: {name: [(x, y), ...]}}. All show the same range of x."""
+    W, H = PANEL
+    rows = math.ceil(len(panels) / columns)
+    page = Image.new("RGB", (columns * W, rows * H), "white")
+    draw = ImageDraw.Draw(page)
+    xs = [x for lines in panels.values() for line in lines.values() for x, _ in line]
+    for i, (title, lines) in enumerate(panels.items()):
+        plot(draw, i % columns * W, i // columns * H, title, lines, min(xs), max(xs))
+    with replacing(path) as f:
+        page.save(f, format="PNG", optimize=True)
+
+
+def plot(draw, left, top, title, lines, first, last):
+    """One plot of `curves`, its corner at (left, top), for x from first to last."""
+    ys = [y for line in lines.values() for _, y in line]
+    low, high = min(ys), max(ys)
+    x0, x1 = left + LEFT, left + PANEL[0] - RIGHT     # the frame
+    y0, y1 = top + TOP, top + PANEL[1] - BOTTOM
+
+    def place(x, y):
+        along = (x - first) / (last - first or 1)
+        up = (y - low) / (high - low or 1)
+        return x0 + along * (x1 - x0), y1 - up * (y1 - y0)
+
+    for y in {low, (low + high) / 2, high}:
+        height = place(first, y)[1]
+        draw.line([(x0, height), (x1, height)], "#dddddd")
+        draw.text((x0 - 6, height), f"{y:.3g}", "black", anchor="rm", font_size=11)
+    draw.text((x0, y1 + 5), f"{first:g}", "black", font_size=11)
+    draw.text((x1, y1 + 5), f"{last:g}", "black", anchor="ra", font_size=11)
+
+    at = x0
+    draw.text((at, top + 7), title, "black", font_size=13)
+    at += draw.textlength(title, font_size=13) + 12
+    for (name, line), color in zip(lines.items(), itertools.cycle(COLORS)):
+        points = [place(x, y) for x, y in line]
+        draw.line(points, color)
+        for x, y in points[-1:]:                      # a line of one point would not be seen
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)
+        if len(lines) > 1:
+            draw.text((at, top + 8), name, color, font_size=12)
+            at += draw.textlength(name, font_size=12) + 10

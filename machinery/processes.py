@@ -84,6 +84,14 @@ def gather(thing):
     return everyone
 
 
+def broadcast(thing):
+    """What the first process passed in; every process must call it."""
+    things = [thing]
+    if dist.is_initialized():
+        dist.broadcast_object_list(things)
+    return things[0]
+
+
 # ---------------------------------------------------------------------------------------- devices
 def now(device):
     """Seconds, once the device has done what it was told."""

@@ -1,9 +1,9 @@
-"""The text-to-image benchmarks that evaluate.py runs: GenEval, HPS v2, CLIP score.
+"""The text-to-image benchmarks of evaluate.py and tteo.py: GenEval, HPS v2, CLIP score.
 
 Each is a function that reads what the benchmark needs and returns a `Benchmark`: prompts, and what
 to do with their images: write them where the official programs look, and score them.
-`load_benchmarks` makes them from the flags, and `run_benchmark` draws and scores one. The rules of
-GenEval are in metrics/geneval.py.
+`benchmark_flags` declares their flags, `load_benchmarks` makes them from these, and `run_benchmark`
+draws and scores one. The rules of GenEval are in metrics/geneval.py.
 """
 
 import json
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data.prompts import read_prompts
 from machinery.errors import UserError, explain
 from machinery.files import fingerprint
+from machinery.flags import add_weights, positive_int
 from machinery.pictures import picture, save_images
 from machinery.processes import is_main
 from metrics.engine import scored
@@ -28,7 +29,8 @@ from networks.clip import CLIP_G, CLIP_H, CLIP_L, ClipReward, preprocess_longest
 from networks.inception import coco_crop
 from networks.mask2former import CLASSES, load_mask2former, mask2former
 from networks.text import byte_pairs
-from reward import load_model
+from networks.weights import fetch
+from reward import REWARDS, load_model
 from teachers import SPECS
 
 
@@ -54,15 +56,18 @@ class Benchmark(NamedTuple):
 
 
 # -------------------------------------------------------------------- the networks that score
-def load_clip(args, name, config, device):
+def load_clip(args, name, config, device, published=None):
     """(a frozen CLIP that measures cosines, what rows say of it).
 
-    With --random_weights and no file of its own it is tiny and random.
+    With --random_weights and no file of its own it is tiny and random. published: (repository,
+    file) where it is another one than `load_model` knows by this name.
     """
     path = getattr(args, f"{name}_weights")
     tiny = args.random_weights and not path
     if tiny:
         config = TINY_CLIP
+    elif published and not path:
+        path = fetch(*published, f"--{name}_weights")
     model = load_model(name, lambda: ClipReward(config, name), path, tiny)
     model.to(device).eval().requires_grad_(False)
     model.scaled = False
@@ -124,7 +129,11 @@ def geneval(args, path, device, load_detector):
 # ------------------------------------------------------------------------------------- HPS v2
 # What people prefer, by a CLIP trained on their choices, on 3,200 prompts in four styles (Wu et al.
 # 2023). A score is 100 cos of image and prompt. HPS v2.0 and v2.1 are different networks, and their
-# scores do not compare: always say which one it was (here v2.1).
+# scores do not compare: so their averages are columns of their own.
+HPS = {                                                  # version: (column, published weights)
+    "v2.1": ("hps", REWARDS["hps"]),
+    "v2.0": ("hps_v2.0", ("xswu/HPSv2", "HPS_v2_compressed.pt")),
+}
 HPS_STYLES = "anime concept-art paintings photo".split()
 PER_STYLE = 800                                          # prompts
 
@@ -146,30 +155,33 @@ def read_hps(folder):
     return prompts
 
 
-def hps_table(scores):
+def hps_table(scores, version):
     """What a row says about the scores (3200,), rounded as the package hpsv2 prints them.
 
     A style's deviation is the one of its ten means, each of 80 consecutive prompts (population),
     not the one of its images.
     """
-    blocks = scores.reshape(4, 10, 80).mean(2)           # (style, block)
+    blocks = scores.reshape(4, 10, -1).mean(2)           # (style, block)
     average = round(blocks.mean().item(), 2)
     means, stds, words = {}, {}, []
     for style, block in zip(HPS_STYLES, blocks):
         means[style] = round(block.mean().item(), 2)
         stds[style] = round(block.std(correction=0).item(), 4)
         words.append(f"{style} {means[style]:.2f} ({stds[style]:.4f})")
-    note = f"HPS v2.1, not comparable with v2.0: {', '.join(words)}, averaged {average:.2f}"
-    return {"hps": average, **means, "hps_version": "v2.1", "hps_std": stds, "note": note}
+    words = ", ".join(words)
+    note = f"HPS {version}, not comparable with others: {words}, averaged {average:.2f}"
+    column, _ = HPS[version]
+    return {column: average, **means, "hps_version": version, "hps_std": stds, "note": note}
 
 
 def hps(args, path, device, load_detector):
-    """HPS v2's 3,200 prompts, scored by the v2.1 weights from the JPEGs as written.
+    """HPS v2's 3,200 prompts, scored by the weights of --hps_version from the JPEGs as written.
 
     # choice: in float32; hpsv2 itself computes in float16 on a GPU.
     """
     prompts = read_hps(path)
-    model, facts = load_clip(args, "hps", CLIP_H, device)
+    _, published = HPS[args.hps_version]
+    model, facts = load_clip(args, "hps", CLIP_H, device, published)
 
     def lay(folder):
         for style in HPS_STYLES:
@@ -185,7 +197,7 @@ def hps(args, path, device, load_detector):
         return 100 * model(pixels, model.tokenize(prompts[part]).to(device))
 
     def row(scores):
-        row = facts | hps_table(scores)
+        row = facts | hps_table(scores, args.hps_version)
         if "note" in facts:
             row["note"] += f"; {RANDOM}"
         return row
@@ -215,6 +227,18 @@ def clip_score_tokens(captions):
     return ids
 
 
+def cropped(img):
+    """A picture as CLIP score sees it: its center, 256 px."""
+    return Image.fromarray(coco_crop(img))
+
+
+def clip_cosines(model, pictures, captions):
+    """The cosine of each picture's features and its caption's, (n,)."""
+    device = model.clip.logit_scale.device
+    pixels = torch.stack([preprocess_pil(cropped(img), model.size) for img in pictures])
+    return model(pixels.to(device), clip_score_tokens(captions).to(device))
+
+
 def clip_score(args, path, device, load_detector):
     """The mean cosine, not times 100, of ViT-g-14's features of an image and of its caption."""
     captions = read_prompts(path, "--metadata", numbered=True)
@@ -225,13 +249,12 @@ def clip_score(args, path, device, load_detector):
             save_images(folder, (), "png")
 
     def score(folder, part, pictures):
-        crops = [Image.fromarray(coco_crop(img)) for img in pictures]
         if args.save_images:
-            images = crops if args.save_images == "cropped" else pictures
-            for i, img in enumerate(images, part.start):
+            for i, img in enumerate(pictures, part.start):
+                if args.save_images == "cropped":
+                    img = cropped(img)
                 img.save(f"{folder}/{i:05d}.png")
-        pixels = torch.stack([preprocess_pil(img, model.size) for img in crops])
-        return model(pixels.to(device), clip_score_tokens(captions[part]).to(device))
+        return clip_cosines(model, pictures, captions[part])
 
     def row(scores):
         return {"clip_score": scores.mean().item(), **facts}
@@ -254,36 +277,46 @@ READ_BY = {                                              # flag: the only benchm
 }
 
 
+def benchmark_flags(ap):
+    """Add the benchmarks' flags to a parser; returns the function that adds to their group."""
+    add = ap.add_argument_group("benchmarks of text to image").add_argument
+    add("--metadata", nargs="+", default=[], metavar="PATH",
+        help="prompts of the benchmark, or of several in their order: "
+             + "; ".join(f"{name}: {words}" for name, (_, words) in BENCHMARKS.items()))
+    add("--per_prompt", type=positive_int, default=4,
+        help="geneval: images per prompt (default: %(default)s)")
+    add("--detector", choices=["mask2former", "shapes"],
+        help="geneval: score it here, too (published: mmdetection's; --detector_weights takes a "
+             "folder)")
+    add("--save_images", nargs="?", const="cropped", choices=["cropped", "whole"],
+        help="keep images as PNGs below OUT: CLIP score's as it sees them at 256 px (COCO-30k), "
+             "or whole (MJHQ-30k)")
+    add_weights(add, "detector", "clip_l", "clip_g")
+    return add
+
+
 def expect_text(spec, benchmark):
     if spec.text is None:
         raise UserError(
-            f"--benchmark {benchmark} draws prompts, and {spec.name} draws classes: take a teacher "
+            f"--metrics {benchmark} draws prompts, and {spec.name} draws classes: take a teacher "
             "with a text encoder, such as --teacher maskgen or meissonic-tiny, or a student of one"
         )
 
 
-def expect_flags(args, names):
-    """UserError for flags that do not belong to the benchmarks called `names`."""
-    paths = args.metadata or []
-    if args.benchmark and args.metrics:
-        raise UserError(
-            f"--benchmark {args.benchmark} is short for --metrics {args.benchmark}: "
-            "give one of the two"
-        )
+def expect_flags(args, names, others=()):
+    """UserError for flags that do not belong to the benchmarks called `names`.
+
+    others: names of READ_BY that read their flags without being drawn here.
+    """
+    paths = args.metadata
     if paths and not names:
-        raise UserError(f"--metadata {paths[0]} belongs to --benchmark {' or '.join(BENCHMARKS)}")
-    running = [*names, "geneval"] if args.geneval_folder else names
+        raise UserError(f"--metadata {paths[0]} belongs to --metrics {' or '.join(BENCHMARKS)}")
     for flag, reader in READ_BY.items():
         value = getattr(args, flag)
-        if value and reader not in running:
-            raise UserError(f"--{flag} {value} belongs to --benchmark {reader}")
-    if args.geneval_folder and not args.detector:
-        raise UserError(
-            f"--geneval_folder {args.geneval_folder} is scored here: "
-            "add --detector mask2former, or shapes"
-        )
+        if value and reader not in (*names, *others):
+            raise UserError(f"--{flag} {value} belongs to --metrics {reader}")
     if names and not paths:
-        raise UserError(f"--benchmark {names[0]} needs --metadata PATH: {BENCHMARKS[names[0]][1]}")
+        raise UserError(f"--metrics {names[0]} needs --metadata PATH: {BENCHMARKS[names[0]][1]}")
     if len(paths) != len(names):
         raise UserError(
             f"--metadata: expected a path for each of {', '.join(names)}, in this order, "
@@ -291,27 +324,26 @@ def expect_flags(args, names):
         )
 
 
-def load_benchmarks(args, device, load_detector):
-    """{name: Benchmark} of --benchmark, or of those in --metrics, each with its own --metadata.
+def load_benchmarks(args, names, device, load_detector, others=()):
+    """{name: Benchmark} of the benchmarks called `names`, each with its own --metadata.
 
-    load_detector(args, device) -> Detector, for --detector. Everything that the benchmarks read is
-    read and checked here.
+    load_detector(args, device) -> Detector, for --detector. others: see `expect_flags`. Everything
+    that the benchmarks read is read and checked here.
     """
-    named = [args.benchmark] if args.benchmark else args.metrics or []
-    names = [name for name in named if name in BENCHMARKS]
-    expect_flags(args, names)
+    expect_flags(args, names, others)
     if names and args.teacher in SPECS:
         expect_text(SPECS[args.teacher], names[0])       # before anything large is read
     return {
         name: BENCHMARKS[name][0](args, path, device, load_detector)
-        for name, path in zip(names, args.metadata or [])
+        for name, path in zip(names, args.metadata)
     }
 
 
-def run_benchmark(bench, teacher, make_images, folder, **how):
+def run_benchmark(bench, asked, make_images, folder, **how):
     """Draw an image per prompt, write them below `folder`, score them: a row of results.
 
-    how: batch=, seed= and desc=, as `metrics.engine.scored` takes them.
+    asked: for each of the prompts what make_images draws it from. how: batch=, seed= and desc=, as
+    `metrics.engine.scored` takes them.
     """
     if is_main():
         bench.lay(folder)                                # `scored` waits for it before it draws
@@ -320,7 +352,6 @@ def run_benchmark(bench, teacher, make_images, folder, **how):
         scores = bench.score(folder, part, [picture(pixels) for pixels in img])
         return torch.as_tensor(scores)[:, None]          # (b, 1)
 
-    asked = teacher.conditions(bench.prompts)
     scores, facts = scored(make_images, asked, score, 1, **how)
     row = {"n": len(asked), **bench.row(scores[:, 0].cpu()), **facts}
     if Path(folder).is_dir():

@@ -29,6 +29,11 @@ def in_turn(conditions, n):
     return conditions[torch.arange(n, device=conditions.device) % len(conditions)]
 
 
+def usual_batch(teacher):
+    """As many images as have 16,384 tokens, 250 at most."""
+    return min(250, 2**14 // teacher.net.L)
+
+
 @torch.no_grad()
 def scored(make_images, asked, score, width, batch=250, seed=0, desc=None, folder=None,
            every=1):

@@ -18,6 +18,7 @@ import torch
 
 from machinery.errors import UserError
 from machinery.files import fingerprint
+from machinery.processes import broadcast, is_main
 from metrics.engine import extracted, scored
 
 METRICS = ("fid", "is", "prdc")
@@ -128,6 +129,19 @@ def prdc(real, fake, k=3, block_bytes=2**26):
 
 
 # ---------------------------------------------------------------------------- all of it, of a model
+def metrics_of(fake, reference, metrics):
+    """Some of METRICS, as a dict, of an Extracted against a Reference."""
+    numbers = {}
+    if "fid" in metrics:
+        numbers |= fid(fake.mu, fake.sigma, reference.mu, reference.sigma)
+    if "is" in metrics:
+        for name, convention in IS_CONVENTIONS.items():
+            numbers[name], numbers[f"{name}_std"] = inception_score(fake.logits, **convention)
+    if "prdc" in metrics and reference.features is not None:
+        numbers |= prdc(reference.features, fake.features) | {"k": 3}
+    return numbers
+
+
 def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, metrics=METRICS,
                   **how):
     """A row of results, a dict: some of METRICS of the images of `asked`, and what they depend on.
@@ -144,15 +158,12 @@ def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, m
         return row | facts
 
     fake = extracted(make_images, asked, extractor, reference.mu, batch, seed, **how)
-    if "fid" in metrics:
-        row |= fid(fake.mu, fake.sigma, reference.mu, reference.sigma)
-    if "is" in metrics:
-        for name, convention in IS_CONVENTIONS.items():
-            row[name], row[f"{name}_std"] = inception_score(fake.logits, **convention)
-    if "prdc" in metrics and reference.features is not None:
-        row |= prdc(reference.features, fake.features) | {"k": 3}
+    numbers = None
+    if is_main():                                     # seconds to minutes of one process's time
+        numbers = metrics_of(fake, reference, metrics)
     return {
         **row,
+        **broadcast(numbers),
         **fake.facts,
         "extractor": f"{type(extractor).__name__} {fingerprint(extractor)}",
         "reference": reference.name,

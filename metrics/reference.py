@@ -6,6 +6,7 @@ The network of published FIDs, Inception, and its real side belong together: `lo
 import hashlib
 import math
 import os
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +135,21 @@ def inception(args, mode, device):
     if random:
         net.facts["note"] = RANDOM
     return net
+
+
+def load_prepared(path, device, random_weights=False):
+    """(Inception, Reference) of a file, or of ADM's ("adm"); images are prepared as the file says.
+
+    For train.py, in whose evaluations the real side decides how the other is made.
+    """
+    if path == "adm":
+        path = download(ADM, None, "--eval_reference")
+    reference = load_reference(path, Inception.dim, device)
+    with np.load(path) as f:
+        made = str(f.get("made", f"resize {RESIZES[0]}, no crop"))
+    mode, crop = made.removeprefix("resize ").split(", ")
+    args = SimpleNamespace(inception=None, crop=crop == "coco_crop", random_weights=random_weights)
+    return inception(args, mode, device), reference
 
 
 def load_feature_space(args, device):

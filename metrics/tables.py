@@ -6,8 +6,9 @@ from metrics.published import in_words
 
 # Keys of rows, in the order of columns.
 COLUMNS = ("steps temperature guidance n fid is geneval single_object two_object counting colors "
-           "position color_attr clip imagereward chroma clip_score hps anime concept-art paintings "
-           "photo precision recall density coverage images/s tokens_only/s psnr published").split()
+           "position color_attr clip imagereward chroma clip_score hps hps_v2.0 anime concept-art "
+           "paintings photo precision recall density coverage images/s tokens_only/s "
+           "seconds/prompt psnr published").split()
 FORMATS = {                                           # of what is not .2f
     "steps": "d", "n": "d", "temperature": "g", "guidance": "g",
     "images/s": ".1f", "tokens_only/s": ".1f",
@@ -18,9 +19,12 @@ FORMATS = {                                           # of what is not .2f
 
 def headline(row):
     """A row in a few words."""
-    if "fid" in row:
-        return f"FID {row['fid']:.2f}, precision {row['precision']:.3f}, recall {row['recall']:.3f}"
-    return f"GenEval {row['geneval']:.3f}, CLIP {row['clip']:.2f}"
+    names = {
+        "fid": "FID", "precision": "precision", "recall": "recall",
+        "geneval": "GenEval", "clip": "CLIP", "clip_score": "CLIP score",
+    }
+    measured = [key for key in names if row.get(key) is not None]
+    return ", ".join(f"{names[key]} {cell(row, key)}" for key in measured)
 
 
 def small_print(row):

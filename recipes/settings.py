@@ -45,6 +45,14 @@ def flags(description=None):
     add("eval_every", 2000, nonnegative_int,
         "steps between evaluations with samples; 0: none, nor at the end")
     add("n_eval", 5000, nonnegative_int, "images per evaluation; 0: samples alone")
+    add("eval_reference", None, str,
+        "evaluate by Inception against this .npz of evaluate.py --save_reference; adm: ImageNet's",
+        metavar="PATH")
+    add("eval_metadata", None, str,
+        "evaluate by GenEval's tasks (Mask2Former) and CLIP score: its evaluation_metadata.jsonl",
+        metavar="PATH")
+    add("keep", 0, nonnegative_int,
+        "weights of so many evaluations stay in --out, student_STEP.safetensors, besides the best")
 
     f.group("teacher")
     add("teacher_weights", None, str, LOCAL_FILE)

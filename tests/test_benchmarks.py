@@ -71,7 +71,7 @@ def noise_in_blocks(seed, size, *shape):
 def load(name, *flags):
     """(args, the benchmark called `name`) for flags of evaluate.py."""
     args = evaluate.flags().parse_args(["--benchmark", name, *map(str, flags)])
-    return args, benchmarks.load_benchmarks(args, "cpu", judges.load_detector)[name]
+    return args, evaluate.benchmarks_of(args, "cpu")[name]
 
 
 # ================================================================================== GenEval's rules
@@ -488,13 +488,13 @@ def test_hps_averages_blocks_of_eighty():
         return 10 * s + i // 80 + (5 if i % 80 < 40 else -5)
 
     scores = [score(s, i) for s, i in itertools.product(range(4), range(800))]
-    table = benchmarks.hps_table(torch.tensor(scores, dtype=torch.float64))
+    table = benchmarks.hps_table(torch.tensor(scores, dtype=torch.float64), "v2.1")
     means = {"anime": 4.5, "concept-art": 14.5, "paintings": 24.5, "photo": 34.5}
     assert {style: table[style] for style in benchmarks.HPS_STYLES} == means
     assert table["hps_std"] == dict.fromkeys(means, 2.8723)
     assert table["hps"] == 19.5
     assert "concept-art 14.50 (2.8723)" in table["note"] and "averaged 19.50" in table["note"]
-    table = benchmarks.hps_table(torch.full((3200,), 27.126, dtype=torch.float64))
+    table = benchmarks.hps_table(torch.full((3200,), 27.126, dtype=torch.float64), "v2.1")
     assert table["hps"] == table["photo"] == 27.13
     assert table["hps_std"]["photo"] == 0
 
@@ -542,6 +542,28 @@ def test_a_row_of_hps_says_its_version_and_its_weights(tmp_path):
     assert row["hps_version"] == "v2.1"
     assert row["hps_weights"] == "random"
     assert "v2.1" in row["note"] and "random weights" in row["note"]
+
+
+@pytest.mark.parametrize("version, file, column", [
+    ("v2.1", "HPS_v2.1_compressed.pt", "hps"),
+    ("v2.0", "HPS_v2_compressed.pt", "hps_v2.0"),
+])
+def test_each_version_of_hps_has_its_published_weights_and_its_own_column(
+    tmp_path, monkeypatch, version, file, column
+):
+    loaded = []
+
+    def load_model(name, make, path, random):
+        loaded.append(path)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr(benchmarks, "fetch", lambda *asked: asked)
+    monkeypatch.setattr(benchmarks, "load_model", load_model)
+    _, bench = load("hps", "--metadata", hps_folder(tmp_path), "--hps_version", version)
+    assert loaded == [("xswu/HPSv2", file, "--hps_weights")]
+    row = bench.row(torch.full((3200,), 27.0).double())
+    assert row[column] == 27 and row["hps_version"] == version
+    assert len({"hps", "hps_v2.0"} & row.keys()) == 1
 
 
 # ================================================================== CLIP score, and COCO's captions
@@ -764,10 +786,10 @@ CLIP_OF = "--benchmark clip --metadata {0}/ok.txt"
     ("--geneval_folder {0}/bare --detector shapes",
      "bare: no images; expected <index>/samples/<n>.png"),
     # flags of another benchmark
-    ("--detector shapes", "--detector shapes belongs to --benchmark geneval"),
-    (CLIP_OF + " --detector shapes", "--detector shapes belongs to --benchmark geneval"),
-    (CLIP_OF + " --hps_weights x.pt", "--hps_weights x.pt belongs to --benchmark hps"),
-    ("--metadata {0}/ok.txt", "--metadata .*ok.txt belongs to --benchmark geneval or hps or clip"),
+    ("--detector shapes", "--detector shapes belongs to --metrics geneval"),
+    (CLIP_OF + " --detector shapes", "--detector shapes belongs to --metrics geneval"),
+    (CLIP_OF + " --hps_weights x.pt", "--hps_weights x.pt belongs to --metrics hps"),
+    ("--metadata {0}/ok.txt", "--metadata .*ok.txt belongs to --metrics geneval or hps or clip"),
 ])
 def test_what_a_benchmark_cannot_read_is_answered_with_a_sentence_before_anything_is_drawn(
     tmp_path, broken, flags, words

@@ -284,7 +284,7 @@ REFUSED = [
      "a path for each of clip, geneval, in this order"),
     ("--metrics clip --benchmark clip", "short for --metrics clip: give one"),
     ("--metrics fid --metadata {0}/captions.txt",
-     "--metadata .*captions.txt belongs to --benchmark"),
+     "--metadata .*captions.txt belongs to --metrics"),
 ]
 
 
@@ -529,7 +529,7 @@ def test_published_numbers_are_a_table_of_known_teachers():
     for name, kind, place, *pairs in lines:
         assert name in SPECS and place.startswith("Tab.")
         assert len(pairs) % 2 == 0 and all(map(float, pairs[1::2]))
-        student_of = kind in ("Di[M]O", "Soft-Di[M]O", "longer")
+        student_of = kind in ("Di[M]O", "Soft-Di[M]O", "longer", "TTEO-4x4")
         assert student_of or kind.removesuffix("-halton").isdigit()
     assert len({(name, kind) for name, kind, *_ in lines}) == len(lines)
 

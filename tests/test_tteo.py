@@ -10,12 +10,16 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import reward
+import tteo
 from machinery.files import ROOT, fingerprint
-from teachers import load_teacher
+from metrics import benchmarks
+from teachers import load_teacher, to_bytes
 
 TINY = ["--teacher", "maskgen-tiny", "--random_weights"]
 PROMPT = ["--prompt", "a red ball"]
@@ -44,8 +48,8 @@ def run_script(monkeypatch, *argv, load=redness):
     return 0
 
 
-def records(folder):
-    assert (folder / "tteo.png").stat().st_size > 1000
+def rows_in(folder, picture="tteo.png"):
+    assert (folder / picture).stat().st_size > 1000
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
@@ -57,7 +61,7 @@ def test_the_command_line_draws_tells_and_records(monkeypatch, tmp_path, capsys)
                       "--rewards", "clip", "--starts", 3, "--iterations", 3, "--lr", 20,
                       "--checkpointing", "--out", tmp_path)
     assert code == 0 and "with TTEO" in capsys.readouterr().out
-    (row,) = records(tmp_path)
+    (row,) = rows_in(tmp_path)
     assert row["student"] == fingerprint(net) and row["teacher"] == "maskgen-tiny"
     assert (row["noise"], row["init_ratio"]) == (0.1, 0.9) and row["best_of"]["n"] >= 1
 
@@ -84,7 +88,7 @@ def test_the_command_line_climbs_real_rewards(monkeypatch, tmp_path):
                       *PROMPT, "--rewards", "hps", "pickscore", "--starts", 2, "--iterations", 2,
                       "--regularize", 0.01, "--clip", 0.1, "--chunk", 1, "--out", tmp_path,
                       load=load) == 0
-    (row,) = records(tmp_path)
+    (row,) = rows_in(tmp_path)
     for kind in ("before", "after", "best_of"):
         score = 5 * row[kind]["hps"] + 0.05 * row[kind]["pickscore"]
         assert row[kind]["score"] == pytest.approx(score, abs=1e-5)
@@ -101,12 +105,78 @@ def test_a_benchmark_compares_one_start_tteo_and_best_of_n_by_reward_geneval_and
                       "--benchmark", 12, "--starts", 2, "--iterations", 3, "--lr", 50,
                       "--out", tmp_path, load=reward.rewards_for)
     assert code == 0 and "TTEO, 2 starts x 3" in capsys.readouterr().out
-    one, best, more = rows = records(tmp_path)
+    one, best, more = rows = rows_in(tmp_path)
     assert (one["model"], best["model"]) == ("1 start", "TTEO, 2 starts x 3")
     assert re.fullmatch(r"best of \d+", more["model"])
     assert int(more["model"].split()[-1]) > 1, "TTEO's time, in starts"
     assert one["clip"] < best["clip"] and one["clip"] < more["clip"] and one["n"] == 12
-    assert min(row["images/s"] for row in rows) > 0 and 0 <= best["geneval"] <= 1
+    assert 0 <= best["geneval"] <= 1
+    assert all(row["seconds/prompt"] == pytest.approx(1 / row["images/s"]) for row in rows)
+
+
+SHAPES = [
+    {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}],
+     "prompt": "a red ring"},
+    {"tag": "single_object", "include": [{"class": "square", "count": 1}], "prompt": "a square"},
+    {"tag": "single_object", "include": [{"class": "cross", "count": 1}], "prompt": "a cross"},
+]
+METRICS = ["--teacher", "meissonic-tiny", "--random_weights", "--starts", 2, "--iterations", 2,
+           "--lr", 50, "--best_of", 2]
+
+
+def test_geneval_is_drawn_by_one_start_tteo_and_best_of_n_from_the_same_starts(
+        monkeypatch, tmp_path, capsys):
+    (tmp_path / "meta.jsonl").write_text("".join(json.dumps(line) + "\n" for line in SHAPES))
+    code = run_script(monkeypatch, *METRICS, "--metrics", "geneval", "--metadata",
+                      tmp_path / "meta.jsonl", "--detector", "shapes", "--per_prompt", 2,
+                      "--seed", 3, "--chunk", 3, "--best_of", 2, 3, "--out", tmp_path, load=reward.rewards_for)
+    assert code == 0 and "TTEO, 2 starts x 2" in capsys.readouterr().out
+    rows = rows_in(tmp_path, "geneval.png")
+    names = ["1 start", "TTEO, 2 starts x 2", "best of 2", "best of 3"]
+    assert [row["model"] for row in rows] == names
+    for row in rows:
+        assert row["n"] == 6 and row["per_prompt"] == 2 and 0 <= row["colors"] <= 1
+        assert row["seconds/prompt"] == pytest.approx(2 / row["images/s"])
+        assert row["detector"] == "worlds/shapes.py"
+
+    teacher = load_teacher("meissonic-tiny", random_weights=True)
+    judges = reward.rewards_for(teacher.spec, teacher.spec.rewards)
+    weights = dict.fromkeys(teacher.spec.rewards, 1.0)
+
+    def loss_of(img, prompts):
+        return reward.reno_loss(judges(img, prompts), weights)
+
+    def found(part, starts, iterations):              # images 0 to 3 of six, or the last two
+        own = np.random.SeedSequence((3, part.start // 4)).generate_state(1).item()
+        asked = [line["prompt"] for line in SHAPES for _ in range(2)][part]
+        return tteo.tteo(teacher, teacher.net, asked, loss_of, starts, iterations, lr=50.0,
+                         generator=torch.Generator().manual_seed(own))
+
+    ways = (1, 1), (2, 2), (2, 1), (3, 1)
+    for part in (slice(0, 4), slice(4, 6)):
+        one, best, plain, more = each = [found(part, *way) for way in ways]
+        assert torch.equal(best.every.history[0], plain.every.history[0])        # the same starts
+        assert (best.loss <= plain.loss).all() and not torch.equal(best.img, plain.img)
+        for row, way in zip(rows, each):
+            for i, img in enumerate(to_bytes(way.img, teacher.spec), part.start):
+                path = f"{row['folder']}/{i // 2:05d}/samples/{i % 2:05d}.png"
+                pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+                assert (pixels.int() - img.int()).abs().max() <= 1       # --chunk adds in another order
+
+
+def test_hps_of_tteo_is_scored_in_a_folder_for_each_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmarks, "PER_STYLE", 10)
+    for style in benchmarks.HPS_STYLES:
+        lines = [f"{style} number {i}" for i in range(10)]
+        (tmp_path / f"{style}.json").write_text(json.dumps(lines))
+    assert run_script(monkeypatch, *METRICS, "--metrics", "hps", "--metadata", tmp_path,
+                      "--batch", 40, "--out", tmp_path / "out", load=reward.rewards_for) == 0
+    rows = rows_in(tmp_path / "out", "hps.png")
+    assert len({row["hps"] for row in rows}) == len({row["folder"] for row in rows}) == 3
+    for row in rows:
+        assert row["n"] == 40 and row["hps_version"] == "v2.1"
+        assert row["seconds/prompt"] == pytest.approx(1 / row["images/s"])
+        assert len(list((tmp_path / "out" / "hps").glob("*/*/*.jpg"))) == 120
 
 
 # ------------------------------------------------------------------------------------- sentences
@@ -122,6 +192,9 @@ def test_a_benchmark_compares_one_start_tteo_and_best_of_n_by_reward_geneval_and
     (TINY, "--prompt"),
     ([*TINY, "--benchmark", "12"],
      "--benchmark is of the world of shapes, which maskgen-tiny does not draw"),
+    ([*TINY, "--metrics", "geneval"], "--metrics geneval needs --metadata PATH"),
+    ([*PROMPT, *TINY, "--detector", "shapes"], "--detector shapes belongs to --metrics geneval"),
+    ([*PROMPT, *TINY, "--best_of", "8"], "--best_of belongs to a benchmark"),
 ])
 def test_what_tteo_cannot_do_is_refused_with_a_sentence(
         monkeypatch, tmp_path, capsys, flags, words):

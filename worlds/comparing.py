@@ -1,20 +1,25 @@
 """Test-time optimization beside its baseline, best-of-N in the same time: numbers and a picture.
 
-Both functions are given draw(prompts, starts=, iterations=, generator=), which is tteo.py's. It
+All is drawn by draw(prompts, starts=, iterations=, generator=), which is tteo.py's. It
 returns the best image of each prompt, and the seconds that took. With one iteration nothing is
 optimized, and what it returns is the best of its starts. So it is drawn twice, with and without
 updates, and from the two times follows how many plain starts TTEO's time would pay for.
 
-Results are appended to results.jsonl, and the pictures are in tteo.png, in the folder --out.
+Results are appended to results.jsonl, in the folder --out. Pictures are beside it, in tteo.png or
+in one of a benchmark's name.
 """
 
 import functools
+import re
 
 import torch
 
 from machinery.errors import UserError
 from machinery.pictures import sheet, spread
+from machinery.processes import broadcast, is_main
 from machinery.records import append_rows, environment, print_rows
+from metrics.benchmarks import run_benchmark
+from metrics.published import published
 from metrics.tables import table
 from reward import weighted
 from teachers import fixed_sample, to_bytes
@@ -65,20 +70,38 @@ def one_prompt(args, teacher, rewards, weights, draw, facts):
     sheet(strips, f"{args.out}/tteo.png", columns=N)
 
 
-def benchmark(args, teacher, rewards, draw, facts, batch=20):
-    """N prompts from one start, with TTEO, and by best-of-N in TTEO's time: GenEval and rewards.
-
-    Three columns of Tab. 6, on the world where GenEval is exact. All pictures are the soft ones.
-    """
+# ------------------------------------------------------------------------------------ benchmarks
+def on_shapes(args, teacher, rewards, draw, facts, config):
+    """`compare` on args.benchmark prompts of the world of shapes: GenEval, exact, and rewards."""
     if not teacher.spec.rewards:
         raise UserError("--benchmark is of the world of shapes, which "
-                        f"{teacher.spec.name} does not draw: give it a --prompt")
+                        f"{teacher.spec.name} does not draw: give it a --prompt, or --metrics")
     prompts, _ = shapes_benchmark(args.benchmark, args.seed)
-    conditions = teacher.conditions(prompts)
-    prompt_of = dict(zip(map(tuple, conditions.tolist()), prompts))
+    judge = functools.partial(judge_shapes, teacher, rewards, n=args.benchmark)
+    compare(args, teacher, draw, facts, config, prompts, judge, args.batch or 20)
+
+
+def on_benchmark(args, teacher, draw, facts, config, task, bench):
+    """`compare` on a Benchmark: its folders are below OUT, one for each way."""
+    def judge(make_images, asked, desc, **how):
+        folder = re.sub(r"[^\w.]+", "-", desc)
+        return run_benchmark(
+            bench, asked, make_images, f"{args.out}/{task}/{folder}", desc=desc, **how)
+
+    compare(args, teacher, draw, facts, config, bench.prompts, judge, args.batch or 4, task)
+
+
+def compare(args, teacher, draw, facts, config, prompts, judge, batch, task="tteo"):
+    """All prompts from one start, with TTEO, and by best-of-N: a row of results for each way.
+
+    judge(make_images, asked=, batch=, seed=, desc=) -> a row; make_images is given rows of `asked`,
+    which are places in `prompts`. All images are the soft ones. The columns are those of Tab. 3,
+    Fig. 14 and Tab. 6, whose seconds are those that one process takes for a prompt.
+    """
+    asked = torch.arange(len(prompts), device=args.device)
 
     def make_images(asked, generator, starts, iterations, seconds=None):
-        some = [prompt_of[tuple(row)] for row in asked.tolist()]
+        some = [prompts[i] for i in asked.tolist()]
         found = draw(some, starts, iterations, generator)
         if seconds is not None:
             seconds["all"] += found.seconds
@@ -88,18 +111,34 @@ def benchmark(args, teacher, rewards, draw, facts, batch=20):
         return draw(prompts[:batch], starts, iterations).seconds
 
     N, k = args.starts, args.iterations
+    ways = [("1 start", "student", 1, 1), (f"TTEO, {N} starts x {k}", f"TTEO-{N}x{k}", N, k)]
+    for n in args.best_of or [starts_in_the_same_time(N, k, seconds_of)]:
+        ways.append((f"best of {n}", f"best-of-{n}", n, 1))
+    rows, strips = [], []
+    for name, kind, starts, iterations in ways:
+        make = functools.partial(make_images, starts=starts, iterations=iterations)
+        row = {"model": name, "kind": kind, "steps": 1, "teacher": teacher.spec.name}
+        row |= {"starts": starts, "iterations": iterations} | facts
+        row |= judge(make, asked=asked, batch=batch, seed=args.seed, desc=name)
+        row["seconds/prompt"] = row.get("per_prompt", 1) * row["processes"] / row["images/s"]
+        row["published"] = published(row, config) or None
+        rows.append(row)
+        if is_main():                                 # at once: a later crash must not cost it
+            append_rows(f"{args.out}/results.jsonl", [row | environment(args.device)])
+        strips.append((name, fixed_sample(make, asked, min(20, len(prompts)), args.seed)))
+    if is_main():
+        sheet(strips, f"{args.out}/{task}.png", words=spread(prompts, len(strips[0][1])))
+        print(table(rows))
+
+
+def starts_in_the_same_time(N, iterations, seconds_of):
+    """How many plain starts the time of TTEO from N starts pays for.
+
+    seconds_of(starts, iterations): of a batch of prompts.
+    """
     seconds_of(N, 2)                                  # untimed: the first pass of anything is slow
-    goal = seconds_of(N, k)
+    goal = seconds_of(N, iterations)
     n = N
     for _ in range(2):                                # again: a start may cost more among many
         n = max(1, round(n * goal / seconds_of(n, 1)))
-    ways = ("1 start", 1, 1), (f"TTEO, {N} starts x {k}", N, k), (f"best of {n}", n, 1)
-    rows, strips = [], []
-    for name, starts, iterations in ways:
-        make = functools.partial(make_images, starts=starts, iterations=iterations)
-        scores = judge_shapes(teacher, rewards, make, args.benchmark, batch, args.seed, name)
-        rows.append({"model": name, "steps": 1} | scores | facts)
-        strips.append((name, fixed_sample(make, conditions, 20, args.seed)))
-    append_rows(f"{args.out}/results.jsonl", rows)
-    sheet(strips, f"{args.out}/tteo.png", words=spread(prompts, 20))
-    print(table(rows))
+    return broadcast(n)
