@@ -46,7 +46,7 @@ from machinery.errors import UserError
 from machinery.export import export_program
 from machinery.files import local
 from machinery.pictures import spread
-from machinery.processes import now
+from machinery.processes import now, true_float32
 from networks import published_names as published
 from networks import sizes
 from networks.autoencoders import BitTokenizer, Encoder, VQTokenizer, bits_of
@@ -492,12 +492,15 @@ def decode_tokens(tokenizer, x, cond=()):
 
 
 def to_pixels(teacher, x, cond, start, seconds):
-    """Tokens (B, L, G) -> uint8 images (B, C, H, W), always decoded in float32.
+    """Tokens (B, L, G) -> uint8 images (B, C, H, W).
+
+    # choice: decoded in true float32, without TF32, whatever drew the tokens: published metrics read
+    these pixels, and they should not depend on the card.
 
     seconds, a Counter or None, receives the time of "tokens", since `start`, and of "pixels".
     """
     middle = now(x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with true_float32():
         img = to_bytes(decode_tokens(teacher.tokenizer, x, cond), teacher.spec)
     if seconds is not None:
         seconds.update(tokens=middle - start, pixels=now(x.device) - middle)

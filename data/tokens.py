@@ -23,7 +23,7 @@ import torch
 from machinery.errors import UserError, explain
 from machinery.files import fingerprint, local, replacing
 from machinery.flags import add_device, add_weights, check_device, positive_int
-from machinery.processes import send
+from machinery.processes import send, true_float32
 from teachers import SPECS, build
 
 
@@ -49,9 +49,14 @@ def load_tokenizer(name, path=None, random_weights=False, device="cpu"):
 
 
 def encode(tokenizer, pixels, batch=64):
-    """uint8 images (n, C, H, W) -> tokens (n, L, G), a numpy array."""
+    """uint8 images (n, C, H, W) -> tokens (n, L, G), a numpy array.
+
+    # choice: in true float32, without TF32: a folder of tokens is kept, and a bit is a sign.
+    """
     device = next(tokenizer.parameters()).device
-    x = torch.cat([tokenizer.encode(part.to(device).float() / 255) for part in pixels.split(batch)])
+    with true_float32():
+        x = [tokenizer.encode(part.to(device).float() / 255) for part in pixels.split(batch)]
+    x = torch.cat(x)
     return x.cpu().numpy().astype(token_dtype(tokenizer.V))
 
 

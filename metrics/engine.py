@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from machinery.pictures import picture, save_images
-from machinery.processes import all_reduce, barrier, is_main, rank, world_size
+from machinery.processes import all_reduce, barrier, is_main, rank, true_float32, world_size
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -111,10 +111,10 @@ class Moments:
 def extract(extractor, img):
     """(features, logits) of uint8 images (B, C, H, W), or of a list of them of unequal sizes.
 
-    In float32, without TF32; `scored` has switched autocast off.
+    In float32, without TF32.
     """
     device = next(extractor.parameters()).device
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with true_float32():
         if isinstance(img, list):
             return extractor([pixels.to(device) / 255 for pixels in img])
         return extractor(img.to(device) / 255)

@@ -7,12 +7,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reward
+from data import tokens
 from machinery.optim import Sharded
 from machinery.processes import send
 from networks import blocks, clip
 from networks.text import TextTower
 from soft_embed import soft_embed
-from teachers import SPECS
+from teachers import SPECS, generate_student, load_teacher
 from tests.common import BLIP, CLIP
 
 
@@ -76,3 +77,23 @@ def test_text_and_rewards_send_to_the_gpu_without_waiting_and_read_nothing_from_
     clip.moments.cache_clear()
     blocks.angles.cache_clear()
     assert len(waits.found) == constants == 3
+
+
+def test_pixels_and_tokens_are_made_without_tf32_and_without_bf16():
+    teacher, seen = load_teacher("maskbit-tiny", random_weights=True), []
+
+    def look(*_):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+                     torch.is_autocast_enabled("cpu")))
+
+    for part in (teacher.tokenizer.encoder, teacher.tokenizer.decoder):
+        part.register_forward_hook(look)
+    torch.set_float32_matmul_precision("high")        # as train.py does
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            img = generate_student(teacher, teacher.net, torch.arange(2))
+            tokens.encode(teacher.tokenizer, img)
+            look()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", False, False), ("highest", False, False), ("high", True, True)]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn as nn
 from torch._dynamo.testing import CompileCounter
@@ -16,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import teachers
 import train
-from machinery import optim, profile
+from machinery import compiling, optim, profile
 from machinery.errors import UserError
 from machinery.files import ROOT
+from networks.blocks import linear32
 from recipes.settings import settle
+from soft_embed import soft_embed
 from teachers import load_teacher
 from tests.runs import run
 
@@ -128,6 +131,43 @@ def test_compiled_networks_are_compiled_once_whole_whatever_is_evaluated_and_how
                 dist.destroy_process_group()
         # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
         assert counter.frame_count == 8
+
+
+class Island(nn.Module):
+    """A linear layer in bf16, and what stays float32 behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+        self.head = nn.Parameter(torch.randn(8, 8))
+        self.E = nn.Parameter(torch.randn(1, 9, 4))
+
+    def forward(self, h):
+        z = linear32(self.linear(h), self.head)                                     # (B, L, 8)
+        return soft_embed(z[:, :, None], self.E)                                    # (B, L, 4)
+
+
+def test_float32_islands_have_float32_gradients_when_compiled_under_bf16(monkeypatch):
+    """Compiled by default, the whole backward pass is traced under the autocast of the forward pass."""
+    def compile_in_place(self, **kwargs):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **kwargs)
+
+    if not hasattr(torch._functorch.config, "backward_pass_autocast"):
+        pytest.skip("this torch has no switch for it")
+    monkeypatch.setattr(nn.Module, "compile", compile_in_place)
+    torch.manual_seed(0)
+    h, g, gradients = torch.randn(2, 5, 16), torch.randn(2, 5, 4), []
+    net = Island()
+    for compiled in (False, True):
+        if compiled:
+            compiling.compile_in_place(net)
+        with torch.autocast("cpu", torch.bfloat16):
+            e = net(h)
+        net.zero_grad()
+        e.backward(g)
+        gradients.append((net.head.grad, net.E.grad))
+    for eager, compiled in zip(*gradients):
+        assert (eager - compiled).abs().max() < 1e-5 * eager.abs().max()
 
 
 READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
