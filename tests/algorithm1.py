@@ -1,13 +1,10 @@
 """Algorithm 1 a second time, as the paper writes it: what train.py must come to.
 
 train.py takes each term of Eq. 10 as a gradient at the logits, in float32, in micro-batches, on
-several processes. Here there is one function, read from top to bottom with the paper beside it: a
-scalar for each loss, autograd for each gradient, one batch, float64, and an optimizer written out.
-It shares no line with train.py and what that calls. Given are only the networks, which have proofs
-of their own, and what is random.
-
-float64 costs seconds and saves the question whether a difference is a mistake or a rounding: what
-differs from train.py by more than float32's roundings is a mistake in one of the two.
+several processes. Here is one function, to be read from top to bottom with the paper beside it: a
+scalar for each loss, autograd for each gradient, one batch, float64, an optimizer written out. It
+shares no line with train.py and with what that calls, but the networks, which have proofs of their
+own, and what is random: both are given.
 """
 
 import contextlib
@@ -20,132 +17,129 @@ import torch
 import torch.nn.functional as F
 
 
-@contextlib.contextmanager
-def in_float64():
-    """Networks call .float() where bf16 would not do: here it means float64, too."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def algorithm1(teacher, theta_0, heads, rewards, draws, c):
-    """Algorithm 1 with settings c, a step for each of `draws`; all networks are in float64.
+    """Algorithm 1 with settings c and a step for each of `draws`; all networks are in float64.
 
-    teacher has net (phi), tokenizer and spec; heads is the discriminator's trained part before
-    training, or None; rewards is the judge, (images, prompts) -> {name: (B,)}, or None. Each of
-    `draws` has the random tensors of a step's batch, its condition, and real tokens. Returns the
-    networks, the optimizers, and what the log tells of each step.
+    teacher: net (phi), tokenizer, spec. heads: the discriminator's trained part at its start, or
+    None. rewards: (images, prompts) -> {name: (B,)}, or None. draws: the random tensors of a whole
+    batch, with conditions and real tokens. Returns networks, optimizers, and a log.
     """
-    phi = teacher.net
-    E, bias = phi.tables()                                              # Emb_phi: (G, V+1, d)
-    E_dec, bias_dec = teacher.tokenizer.tables()                        # Emb_Dec
-    scale = teacher.spec.noise_scale or E[:, : phi.V].square().mean().sqrt()
+    phi, V = teacher.net, teacher.net.V
+    E, bias = phi.tables()                                                   # Emb_phi: (G, V+1, d)
+    scale = teacher.spec.noise_scale or E[:, :V].square().mean().sqrt()
     theta, psi, eta = copy.deepcopy((theta_0, phi, heads))                                  # l. 1
     average = copy.deepcopy(theta)
-    updates = dict(student=Updates(theta, c, c.lr))
+    update = dict(student=Updates(theta, c, c.lr))
     if c.w_dimo:
-        updates["aux"] = Updates(psi, c, c.aux_lr or c.lr)
+        update["aux"] = Updates(psi, c, c.aux_lr or c.lr)
     if c.gan:
-        updates["disc"] = Updates(eta, c, c.disc_lr or c.lr, beta1=0.0)
-    log = []
+        update["disc"] = Updates(eta, c, c.disc_lr or c.lr, beta1=0.0)
+    log, margins = [], []
+
+    def generate(start):
+        x_init = start.tokens.masked_fill(lowest(start.scores, c.init_ratio), V)            # l. 4
+        e = embed(x_init, E, bias)
+        return theta(e, start.cond, s=c.noise, noise=scale * start.noise)                   # l. 5
+
     for step, d in enumerate(draws):                                                        # l. 2
-        B = len(d.u)
-        if c.share_passes:
-            d.ratio_aux, d.scores_aux = d.ratio, d.scores_t
-            d.ratio_disc, d.scores_disc, d.gumbel_disc = d.ratio_gan, d.scores_gan, d.gumbel_gan
         row, terms = {}, {}
-        factor = step / c.warmup if step < c.warmup else cosine(step, c)
+        learns = step >= c.student_start
 
         # --- Generate logits z_theta and tokens x_theta
-        x_init = d.tokens.masked_fill(lowest(d.scores, c.init_ratio), phi.V)                # l. 4
-        z = theta(embed(x_init, E, bias), d.cond, s=c.noise, noise=scale * d.noise)         # l. 5
-        x = draw(z, d.u)                                                                    # l. 6
+        z = z_gan = generate(d.start)                                                  # (B, L, G, V)
+        if d.pair:                                  # the real images have conditions of their own
+            z_gan = generate(d.pair)
+        cond, cond_gan = d.start.cond, (d.pair or d.start).cond
+        x, margin = draw(z, d.start.u)                                                      # l. 6
+        margins.append(margin)
 
         # --- The generator's loss, Eq. 10
-        if c.w_dimo and step >= c.student_start:
+        if c.w_dimo and learns:
             t = SCHEDULES[c.schedule](d.ratio).clamp(*c.ratio_range)                        # l. 8
             mask = lowest(d.scores_t, t)
-            e_t = embed(x.masked_fill(mask, phi.V), E, bias)
+            e_t = embed(x.masked_fill(mask, V), E, bias)
             if c.soft_state:                                                           # App. I.15
                 e_t = soft(z.softmax(-1), E, bias, mask)
             with torch.no_grad():
-                z_phi, z_psi = guided(phi, e_t, d.cond, t, c), psi(e_t, d.cond)             # l. 9
-            z_psi.requires_grad_()
-            D = divergence(z_phi.log_softmax(-1), z_psi.log_softmax(-1), c.beta)     # (B, L, G)
-            w = 1 / t if c.w_t == "inverse" else torch.ones(B)
-            row["loss_dimo"] = (w * (D * mask).sum((1, 2))).mean()
-            g = gradient(row["loss_dimo"], z_psi)
-            # Eq. (2): a loss of z_theta that has this gradient, taken at z_psi
-            terms["dimo"] = c.w_dimo * 0.5 * (z - (z - g).detach()).square().sum()         # l. 11
-        if c.gan and c.w_gan and step >= max(c.gan_start, c.student_start):
-            mask = lowest(d.scores_gan, between(c.gan_ratio, d.ratio_gan), least=0)
-            e = soft(probabilities(z, c, d.gumbel_gan), E, bias, mask)                     # l. 12
-            features = phi(e, d.cond, eta.layers)
-            p_real = eta(noisy(features, c, d.features_gan)).sigmoid()
-            row["loss_gan"] = -p_real.log().mean()                             # Eq. (8), l. 14
-            terms["gan"] = c.w_gan * row["loss_gan"]
-        if c.reward and c.w_reward and step >= max(c.reward_start, c.student_start):
-            e = soft(probabilities(z, c, d.gumbel_reward), E_dec, bias_dec)
-            R = rewards(teacher.tokenizer.decode(e, d.cond).clamp(0, 1), d.prompts)
-            L = -sum(weight * R[name] for name, weight in c.rewards.items())    # (B,), Eq. (9)
-            row |= {name: score.mean() for name, score in R.items()}
-            row["loss_reward"] = L.mean()
-            if c.clip_reward:                     # no image may weigh more than by this gradient
-                L = L * (c.clip_reward / gradient(L.sum(), z).flatten(1).norm(dim=1)).clamp(max=1)
-            terms["reward"] = c.w_reward * L.mean()                                        # l. 16
+                z_phi, z_psi = guided(phi, e_t, cond, t, c), psi(e_t, cond)                 # l. 9
+            D = divergence(z_phi, z_psi.requires_grad_(), c.beta)                       # (B, L, G)
+            w = 1 / t if c.w_t == "inverse" else torch.ones_like(t)
+            row["loss_dimo"] = (w * (D * mask).sum((1, 2))).mean()                         # l. 11
+            g, = torch.autograd.grad(row["loss_dimo"], z_psi)
+            surrogate = 0.5 * (z - (z - g).detach()).square().sum()       # has gradient g: Eq. (2)
+            terms["dimo"] = c.w_dimo * surrogate, z
+        if c.gan and c.w_gan and learns and step >= c.gan_start:
+            mask_gan = lowest(d.scores_gan, between(c.gan_ratio, d.ratio_gan), least=0)
+            e = soft(probabilities(z_gan, c, d.gumbel_gan), E, bias, mask_gan)             # l. 12
+            fake = phi(e, cond_gan, eta.layers)
+            p_real = eta(noisy(fake, c, d.noise_gan)).sigmoid()
+            row["loss_gan"] = -p_real.log().mean()                                # Eq. (8), l. 14
+            terms["gan"] = c.w_gan * row["loss_gan"], z_gan
+        if c.reward and c.w_reward and learns and step >= c.reward_start:
+            e = soft(probabilities(z, c, d.gumbel_reward), *teacher.tokenizer.tables())   # Emb_Dec
+            R = rewards(teacher.tokenizer.decode(e, cond).clamp(0, 1), d.prompts)
+            L = -sum(weight * R[name] for name, weight in c.rewards.items())      # Eq. (9), (B,)
+            row |= {name: score.mean() for name, score in R.items()} | dict(loss_reward=L.mean())
+            if c.clip_reward:                      # an image weighs as much as its gradient allows
+                g, = torch.autograd.grad(L.sum(), z, retain_graph=True)
+                L = L * (c.clip_reward / g.flatten(1).norm(dim=1)).clamp(max=1)
+            terms["reward"] = c.w_reward * L.mean(), z                                     # l. 16
+        for name, (L, at) in terms.items():
+            row[f"grad_{name}"] = torch.autograd.grad(L, at, retain_graph=True)[0].norm()
         if terms:
-            row |= {f"grad_{name}": gradient(L, z).norm() for name, L in terms.items()}
-            row["norm_student"] = updates["student"](sum(terms.values()), factor)      # l. 17, 18
+            total = sum(L for L, _ in terms.values())
+            row["norm_student"] = update["student"](total, step)                       # l. 17, 18
             n = step - c.student_start
-            move(average, theta, min(c.ema, (1 + n) / (10 + n)))
+            rate = min(c.ema, (1 + n) / (10 + n))
+            with torch.no_grad():
+                for mean, p in zip(average.parameters(), theta.parameters()):
+                    mean.copy_(rate * mean + (1 - rate) * p)
 
-        # --- The auxiliary: an MDM, whose data are the generator's tokens
+        # --- The auxiliary: an MDM whose data are the generator's tokens
         if c.w_dimo:
-            z_fixed, cond = z.detach(), d.cond
-            if c.redraw:                               # the official code: from the new generator
-                x_init = d.again_tokens.masked_fill(lowest(d.again_scores, c.init_ratio), phi.V)
-                cond = d.again_cond
+            z_data = z.detach()
+            if c.redraw:                                 # the official code: from the new generator
                 with torch.no_grad():
-                    z_fixed = theta(embed(x_init, E, bias), cond, s=c.noise,
-                                    noise=scale * d.again_noise)
-                x = draw(z_fixed, d.again_u)
-            t = SCHEDULES[c.schedule](d.ratio_aux).clamp(*c.ratio_range)                   # l. 20
-            mask = lowest(d.scores_aux, t)
-            log_p = psi(embed(x.masked_fill(mask, phi.V), E, bias), cond).log_softmax(-1)
-            q = (1 - c.smoothing) * F.one_hot(x, z.shape[-1]) + c.smoothing / z.shape[-1]
-            hard = -(q * log_p).sum(-1)[mask].mean()                                    # Eq. (1)
-            log_q = z_fixed.log_softmax(-1)
+                    z_data, cond = generate(d.again), d.again.cond
+                x, margin = draw(z_data, d.again.u)
+                margins.append(margin)
+            if not (c.share_passes and "dimo" in terms):
+                t = SCHEDULES[c.schedule](d.ratio_aux).clamp(*c.ratio_range)               # l. 20
+                mask = lowest(d.scores_aux, t)
+            log_p = psi(embed(x.masked_fill(mask, V), E, bias), cond).log_softmax(-1)
+            K = log_p.shape[-1]
+            q = (1 - c.smoothing) * F.one_hot(x, K) + c.smoothing / K
+            hard = -(q * log_p).sum(-1)[mask].mean()                                     # Eq. (1)
+            log_q = z_data.log_softmax(-1)
             easy = (log_q.exp() * (log_q - log_p)).mean(-1)[mask].mean()
             row["loss_aux"] = (1 - c.soft_target) * hard + c.soft_target * easy
-            row["norm_aux"] = updates["aux"](row["loss_aux"], factor)                      # l. 21
+            row["norm_aux"] = update["aux"](row["loss_aux"], step)                         # l. 21
 
         # --- The discriminator: real tokens against the generator's soft embeddings
         if c.gan:
-            z = z.detach()
-            mask = lowest(d.scores_disc, between(c.gan_ratio, d.ratio_disc), least=0)      # l. 23
-            fake = soft(probabilities(z, c, d.gumbel_disc), E, bias, mask)
-            real = embed(d.x_real.masked_fill(mask, phi.V), E, bias)                       # l. 24
-            real, fake = (phi(e, d.cond, eta.layers) for e in (real, fake))
-            d_real = eta(noisy(real, c, d.features_real))
-            d_fake = eta(noisy(fake, c, d.features_fake))
+            if not (c.share_passes and "gan" in terms):
+                mask_gan = lowest(d.scores_disc, between(c.gan_ratio, d.ratio_disc), least=0)  # l. 23
+                e = soft(probabilities(z_gan.detach(), c, d.gumbel_disc), E, bias, mask_gan)
+                fake = phi(e, cond_gan, eta.layers)
+            real = phi(embed(d.x_real.masked_fill(mask_gan, V), E, bias), cond_gan, eta.layers)
+            d_real = eta(noisy(real, c, d.noise_real))                                     # l. 24
+            d_fake = eta(noisy([h.detach() for h in fake], c, d.noise_fake))
             p_real, p_fake = d_real.sigmoid(), d_fake.sigmoid()
-            row["loss_disc"] = -p_real.log().mean() - (1 - p_fake).log().mean()        # Eq. (7)
-            row["norm_disc"] = updates["disc"](row["loss_disc"], factor)                   # l. 25
+            row["loss_disc"] = -p_real.log().mean() - (1 - p_fake).log().mean()          # Eq. (7)
+            row["norm_disc"] = update["disc"](row["loss_disc"], step)                      # l. 25
             row |= dict(d_real=d_real.mean(), d_fake=d_fake.mean())
 
-        p = z.softmax(-1)
+        p = (torch.cat([z, z_gan]) if d.pair else z).softmax(-1)
         row |= dict(entropy=-(p * p.log()).sum(-1).mean(), top1=p.amax(-1).mean())
-        log.append({key: float(value) for key, value in row.items()})
-        log[-1] |= dict(step=step + 1, lr=c.lr * factor)
-    nets = dict(student=theta, aux=psi, disc=eta, ema=average)                             # l. 27
-    return SimpleNamespace(nets=nets, updates=updates, log=log)
+        log.append({name: torch.as_tensor(value).item() for name, value in row.items()})
+        log[-1] |= dict(step=step + 1, lr=c.lr * share_of_rate(step, c))
+    nets = dict(student=theta, aux=psi, disc=eta, ema=average)
+    nets = {name: net for name, net in nets.items() if name in update or name == "ema"}    # l. 27
+    return SimpleNamespace(nets=nets, updates=update, log=log, margin=min(margins))
 
 
-# -------------------------------------------------------------------------- masks and tokens
-SCHEDULES = {                                     # share of masked units, for u ~ U(0, 1)
+# ----------------------------------------------------------------------------- masks and tokens
+SCHEDULES = {                                              # share of masked units, u ~ U(0, 1)
     "arccos": lambda u: u.arccos() * 2 / math.pi,
     "cosine": lambda u: (u * math.pi / 2).cos(),
     "linear": lambda u: u,
@@ -159,7 +153,7 @@ def between(bounds, u):
 
 
 def lowest(scores, ratio, least=1):
-    """True at each image's round(ratio * units) units of the lowest scores, `least` at least."""
+    """True at the round(ratio * units) units of each image that have the lowest scores."""
     flat = scores.flatten(1)
     mask = torch.zeros_like(flat, dtype=torch.bool)
     counts = (torch.as_tensor(ratio) * flat.shape[1]).round().clamp(min=least).expand(len(flat))
@@ -169,116 +163,112 @@ def lowest(scores, ratio, least=1):
 
 
 def draw(z, u):
-    """A token per unit by the inverse CDF: as many entries lie below it as sums are at most u."""
-    sums = z.detach().softmax(-1).cumsum(-1)
-    return (sums <= u[..., None]).sum(-1).clamp(max=z.shape[-1] - 1)
+    """A token per unit by the inverse CDF; and how near the nearest u is to being another's."""
+    sums = z.detach().softmax(-1).cumsum(-1)[..., :-1]
+    return (sums <= u[..., None]).sum(-1), (sums - u[..., None]).abs().min().item()
 
 
-# --------------------------------------------------------------------------------- embeddings
+# ---------------------------------------------------------------------------------- embeddings
 def embed(x, E, bias):
-    """Tokens (B, L, G) -> (B, L, d)."""
-    return sum(table[x[..., g]] for g, table in enumerate(E)) + bias
+    return sum(table[x[..., g]] for g, table in enumerate(E)) + bias                    # (B, L, d)
 
 
 def soft(p, E, bias, mask=None):
-    """Eq. (3): p (B, L, G, V) -> expected embeddings (B, L, d), the mask's row where it is true."""
+    """Eq. (3): p (B, L, G, V) -> expected embeddings (B, L, d); the mask's row where it is true."""
     if mask is not None:
-        p = F.pad(p, (0, E.shape[1] - p.shape[-1]))
-        masked = F.one_hot(torch.full_like(mask, E.shape[1] - 1, dtype=torch.int64), E.shape[1])
-        p = torch.where(mask[..., None], masked, p)
+        p = F.pad(p * ~mask[..., None], (0, E.shape[1] - p.shape[-1]))
+        p[..., -1] = p[..., -1] + mask
     return torch.einsum("blgv,gvd->bld", p, E[:, : p.shape[-1]]) + bias
 
 
-def probabilities(z, c, gumbel):
+def probabilities(z, c, u):
     """What Eq. (3) averages by; or Eq. (14), or Eq. (15), which is one-hot and has its gradient."""
     if c.estimator == "soft":
         return (z / c.tau).softmax(-1)
-    p = ((z + gumbel) / c.tau).softmax(-1)
+    p = ((z - (-u.log()).log()) / c.tau).softmax(-1)                                 # Gumbel noise
     if c.estimator == "straight-through":
         p = F.one_hot(p.argmax(-1), p.shape[-1]) + p - p.detach()
     return p
 
 
 def noisy(features, c, noise):
-    if not c.feature_noise:
-        return features
-    return [h + c.feature_noise * n for h, n in zip(features, noise)]                  # App. H.3
+    return [h + c.feature_noise * n for h, n in zip(features, noise)]                   # App. H.3
 
 
-# ------------------------------------------------------------------ teacher against auxiliary
+# ------------------------------------------------------------------- teacher against auxiliary
 def guided(phi, e, cond, t, c):
     """Classifier-free guidance, constant or falling with the mask ratio (App. I.9)."""
     share = dict(constant=torch.ones_like(t), linear=t, cosine=(1 - (math.pi * t).cos()) / 2)
-    low = 0.0 if c.cfg_schedule == "constant" else c.cfg_low
-    w = between((low, c.cfg), share[c.cfg_schedule])[:, None, None, None]
+    w = between((c.cfg_low, c.cfg), share[c.cfg_schedule])[:, None, None, None]
     z, z_null = phi(e, cond), phi(e, phi.null(cond))
     return z_null + w * (z - z_null)
 
 
-def divergence(log_q, log_p, beta):
-    """Generalized Jeffreys, (1 - beta) KL(q || p) + beta KL(p || q), of each unit."""
-    forward = (log_q.exp() * (log_q - log_p)).sum(-1)
-    reverse = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return (1 - beta) * forward + beta * reverse
+def divergence(z_q, z_p, beta):
+    """Generalized Jeffreys, (1 - beta) KL(q || p) + beta KL(p || q), of each unit: (B, L, G)."""
+    log_q, log_p = z_q.log_softmax(-1), z_p.log_softmax(-1)
+    return ((1 - beta) * log_q.exp() - beta * log_p.exp()).mul(log_q - log_p).sum(-1)
 
 
-# ------------------------------------------------------------------------------------ updates
-def gradient(loss, at):
-    """Of a scalar at one tensor, as a constant; the graph stays."""
-    return torch.autograd.grad(loss, at, retain_graph=True)[0]
-
-
-def cosine(step, c):
-    """Share of the learning rate after the warm-up: from 1 to lr_end by half a wave."""
+# ------------------------------------------------------------------------------------- updates
+def share_of_rate(step, c):
+    """A linear warm-up from 0, then half a wave from 1 to lr_end."""
+    if step < c.warmup:
+        return step / c.warmup
     wave = math.cos(math.pi * (step - c.warmup) / (c.steps - c.warmup))
     return c.lr_end + (1 - c.lr_end) * (1 + wave) / 2
 
 
-@torch.no_grad()
-def move(average, net, rate):
-    for mean, p in zip(average.parameters(), net.parameters()):
-        mean.copy_(rate * mean + (1 - rate) * p)
-
-
 class Updates:
-    """Adam, AdamW or Muon for a network: each call is one step down the gradient of a loss."""
+    """Adam, AdamW or Muon for a network: each call goes a step down a loss."""
 
     def __init__(self, net, c, lr, beta1=0.9):
         frozen = set(map(id, net.frozen())) if hasattr(net, "frozen") else set()
-        net.requires_grad_(True)
-        self.params = [p for p in net.parameters() if id(p) not in frozen]
-        self.c, self.lr, self.betas, self.n = c, lr, (beta1, 0.999), 0
+        self.params = [p for p in net.requires_grad_(True).parameters() if id(p) not in frozen]
+        self.muon = [c.optimizer == "muon" and p.ndim == 2 for p in self.params]
+        self.c, self.lr, self.beta1, self.beta2, self.n = c, lr, beta1, 0.999, 0
         self.m, self.v = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
 
-    def __call__(self, loss, factor):
+    def __call__(self, loss, step):
         """Returns the gradient's norm before clipping."""
+        c, lr, grads = self.c, self.lr * share_of_rate(step, self.c), []
         grads = torch.autograd.grad(loss, self.params)
         norm = sum(g.square().sum() for g in grads).sqrt()
+        shrink = min(1, c.clip / norm)
         self.n += 1
-        lr, decay, optimizer = self.lr * factor, self.c.weight_decay, self.c.optimizer
         with torch.no_grad():
-            for p, g, m, v in zip(self.params, grads, self.m, self.v):
-                g = g * min(1, self.c.clip / (norm + 1e-6))
-                muon = optimizer == "muon" and p.ndim == 2
-                if optimizer == "adamw" or muon:
-                    p *= 1 - lr * decay
+            for p, g, m, v, muon in zip(self.params, grads, self.m, self.v, self.muon):
+                g = shrink * g
+                if c.optimizer == "adamw" or muon:
+                    p -= lr * c.weight_decay * p
                 else:
-                    g = g + decay * p
+                    g = g + c.weight_decay * p
+                beta1 = 0.95 if muon else self.beta1
+                m.copy_(beta1 * m + (1 - beta1) * g)
+                v.copy_(self.beta2 * v + (1 - self.beta2) * g.square())
                 if muon:
-                    m.copy_(0.95 * m + 0.05 * g)
                     p -= lr * 0.2 * math.sqrt(max(p.shape)) * orthogonal(0.95 * m + 0.05 * g)
                     continue
-                (beta1, beta2), n = self.betas, self.n
-                m.copy_(beta1 * m + (1 - beta1) * g)
-                v.copy_(beta2 * v + (1 - beta2) * g.square())
-                p -= lr * m / (1 - beta1**n) / ((v / (1 - beta2**n)).sqrt() + 1e-6)
+                m_hat, v_hat = m / (1 - beta1**self.n), v / (1 - self.beta2**self.n)
+                p -= lr * m_hat / (v_hat.sqrt() + 1e-6)
         return norm
 
 
 def orthogonal(m):
-    """Muon's matrix: the singular values of m nearly at 1, by five steps of Newton and Schulz."""
+    """m with singular values near 1, by five steps of Newton and Schulz (Jordan et al. 2024)."""
     m = m / m.norm()
     for _ in range(5):
         s = m @ m.T
         m = 3.4445 * m + (-4.7750 * s + 2.0315 * s @ s) @ m
     return m
+
+
+@contextlib.contextmanager
+def in_float64():
+    """Where float32 is asked for, to be safe from bf16, networks take float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
