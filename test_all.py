@@ -13,8 +13,11 @@ import copy
 import functools
 import itertools
 import math
+import tempfile
 import types
 import weakref
+from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,14 +30,17 @@ import gan
 import reward
 import soft_embed as se
 import teachers
+import train
 import tteo
 from networks import autoencoders
 from networks import clip as clip_net
-from teachers import MaskBit, load_teacher
+from recipes.settings import settle
+from teachers import SPECS, MaskBit, load_teacher
 from tests.common import (ASKED, NANO, TINY, TableNet, agrees, close, eq9_inputs, filled, golden,
                           half_masked_tokens, ids_of, integers, maskgit_file, normal, rewards_of,
                           run_with_hooks, seed, small_net, small_reward, small_tokenizer,
                           tiny_inputs, uniform)
+from tests.runs import finished, log_of
 
 GOLDEN = golden("dimo")
 
@@ -1044,97 +1050,104 @@ def test_the_loss_is_told_what_each_image_was_asked_for():
 
 
 # --------------------------------------------------------------------------------------
-# Algorithm 1: two whole training steps of the official recipe
+# Algorithm 1: two whole training steps of the official recipe, by train.py's own loop
 # --------------------------------------------------------------------------------------
-def seeded_maskgit(seed):
-    """A small MaskGit on seeded weights; all is trained but the embedding layer, as officially."""
-    net = filled(teachers.MaskGit, maskgit_file, seed, V=32, grid=4, width=48, depth=2, heads=4,
-                 mlp=96, classes=10)
-    net.requires_grad_()
-    for p in net.frozen():
-        p.requires_grad_(False)
-    return net
+OFFICIAL = dict(
+    teacher="maskgit-tiny", gan=False, cfg=2.0, noise=0.1, redraw=True, smoothing=0.1,
+    batch=3, steps=2, lr=1e-3, aux_lr=1e-3, warmup=0, clip=1.0, ema=0.9999,
+    log_every=1, save_every=2, eval_every=0, random_weights=True, device="cpu", dtype="fp32")
 
 
-def random_choices(rng, B):
-    """All that is random in an update: labels, start, its noise, tokens x_theta, mask."""
+def random_choices(rng, B=3):
+    """What is random in an update, as the golden numbers have it, by the names of train.draw_step.
+
+    Tokens x_theta were not drawn by u from z, but given: they stand in the place of u.
+    """
     labels = rng.randint(0, 10, (B,))
     x_init = rng.randint(0, 33, (B, 16, 1))
     noise = rng.standard_normal((B, 17, 48)).astype(np.float32)[:, :16]
     x = rng.randint(0, 33, (B, 16, 1))
-    mask = rng.uniform(size=(B, 16, 1)) < 0.6
-    return [torch.from_numpy(choice) for choice in (labels, x_init, noise, x, mask)]
-
-
-def student_update(teacher, student, aux, opt, choices, beta):
-    """Alg. 1, l. 3-18, with Di[M]O alone."""
-    labels, x_init, noise, x, mask = choices
-    cond, B = (labels,), len(labels)
-    z = dimo.student_logits(student, x_init, cond, *student.tables(), 0.1, noise)     # l. 5
-    x_t = x.masked_fill(mask, 32)                                                     # l. 8
-    e_aux = se.embed_tokens(x_t, *aux.tables())                     # here its table is its own
-    e_t = se.embed_tokens(x_t, *teacher.tables())
-    g, _ = dimo.dimo_grad(teacher, lambda e, cond: aux(e_aux, cond), e_t, cond, mask, 2.0, beta)
-    opt.zero_grad()
-    z.backward(g / B)                                                                 # l. 11
-    gradient = student.last[4].weight.grad.clone()
-    norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    opt.step()
-    return dict(half_square=0.5 * g.square().sum() / B, student_norm=norm, gradient=gradient)
-
-
-def aux_update(aux, opt, choices):
-    """Alg. 1, l. 19-21."""
-    labels, _, _, x, mask = choices
-    e = se.embed_tokens(x.masked_fill(mask, 32), *aux.tables())                       # l. 20
-    loss = dimo.aux_loss(aux(e, (labels,)), x, mask)                                  # l. 21
-    opt.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(aux.parameters(), math.inf)
-    opt.step()
-    return dict(aux_loss=loss, aux_norm=norm)
+    mask = torch.from_numpy(rng.uniform(size=(B, 16, 1)) < 0.6)
+    start = dict(which=labels, tokens=x_init, scores=x_init, u=x, noise=noise)
+    start = {name: torch.from_numpy(choice) for name, choice in start.items()}
+    return start, mask.float().mean((1, 2)), 1 - mask.float()           # the masked score lowest
 
 
 @functools.cache
-def two_training_steps(beta, B=3):
-    """Weights of student, auxiliary and EMA after two steps, and what each step measured."""
-    teacher, student, aux = (seeded_maskgit(seed) for seed in range(3))
-    opt, opt_aux = (torch.optim.Adam(net.parameters(), 1e-3, eps=1e-6) for net in (student, aux))
-    ema = {name: t.clone() for name, t in student.state_dict().items()}
+def two_training_steps(beta):
+    """The checkpoint after two steps, and what each step measured."""
     rng = np.random.RandomState(0)
-    steps = []
-    for step in range(2):
-        measured = student_update(teacher, student, aux, opt, random_choices(rng, B), beta)
-        measured |= aux_update(aux, opt_aux, random_choices(rng, B))    # everything is drawn again
-        rate = min(0.9999, (1 + step) / (10 + step))
-        for name, t in student.state_dict().items():
-            ema[name].lerp_(t, 1 - rate)
-        steps.append(measured)
-    return types.SimpleNamespace(student=student.state_dict(), aux=aux.state_dict(), ema=ema,
-                                 steps=steps)
+    gradients = []
+    load_networks = train.load_networks
+
+    def draw_step(*args, **kwargs):
+        start, ratio, scores_t = random_choices(rng)
+        again, ratio_aux, scores_aux = random_choices(rng)              # everything is drawn again
+        draws = dict(ratio=ratio, scores_t=scores_t, ratio_aux=ratio_aux, scores_aux=scores_aux)
+        return start | draws | {f"again_{name}": choice for name, choice in again.items()}
+
+    def load_seeded(run):
+        """Three networks that differ, also in their tables, which are one where train.py loads them."""
+        load_networks(run)
+        nets = run.net, run.student.module, run.ema, run.aux.module
+        for net, seed in zip(nets, (0, 1, 1, 2)):
+            net.load_state_dict(seeded_maskgit(seed).state_dict())
+            net.register_forward_pre_hook(functools.partial(by_own_table, run.E))
+        run.student.module.last[4].weight.register_hook(gradients.append)
+        run.aux.update = functools.partial(unclipped, run.aux)          # officially the student alone
+
+    spec = replace(SPECS["maskgit-tiny"], net=dict(V=32, grid=4, width=48, depth=2, heads=4, mlp=96,
+                                                   classes=10))
+    with (tempfile.TemporaryDirectory() as folder,
+          mock.patch.dict(SPECS, {"maskgit-tiny": spec}),
+          mock.patch.multiple(train, load_networks=load_seeded, draw_step=draw_step,
+                              initial_tokens=lambda x_init, *_: x_init,
+                              sample_tokens=lambda z, u: u)):
+        ckpt = finished(settle(OFFICIAL | dict(beta=beta, out=folder)))
+        steps = log_of(folder)
+    for row, gradient in zip(steps, gradients, strict=True):
+        row |= dict(half_square=0.5 * 3 * row["grad_dimo"] ** 2, gradient=gradient)
+    return ckpt, steps
+
+
+def seeded_maskgit(seed):
+    return filled(teachers.MaskGit, maskgit_file, seed, V=32, grid=4, width=48, depth=2, heads=4,
+                  mlp=96, classes=10)
+
+
+def by_own_table(E, net, args):
+    """Embeddings by the teacher's table -> by the table of the network that reads them."""
+    e, *others = args
+    x = (e[:, :, None] - E[0]).square().sum(-1).argmin(-1, keepdim=True)                # (B, L, 1)
+    return se.embed_tokens(x, *net.tables()), *others
+
+
+def unclipped(trained, clip, factor):
+    return type(trained).update(trained, math.inf, factor)
 
 
 @pytest.mark.parametrize("beta", [-0.2, 0.0])
 def test_training_steps_have_the_golden_losses_and_gradients(beta):
     expected = GOLDEN["two_training_steps"]
     aux = expected["auxiliary"]
-    for step, measured in enumerate(two_training_steps(beta).steps):
+    _, steps = two_training_steps(beta)
+    for step, measured in enumerate(steps):
         student = expected[str(beta)]["steps"][step]
-        assert measured["half_square"].item() == pytest.approx(student["half_square"], rel=5e-6)
-        assert measured["student_norm"].item() == pytest.approx(student["student_norm"], rel=5e-6)
-        assert measured["aux_loss"].item() == pytest.approx(aux["loss"][step], rel=1e-6)
-        assert measured["aux_norm"].item() == pytest.approx(aux["norm"][step], rel=5e-6)
+        assert measured["half_square"] == pytest.approx(student["half_square"], rel=5e-6)
+        assert measured["norm_student"] == pytest.approx(student["student_norm"], rel=5e-6)
+        assert measured["loss_aux"] == pytest.approx(aux["loss"][step], rel=1e-6)
+        assert measured["norm_aux"] == pytest.approx(aux["norm"][step], rel=5e-6)
         agrees(measured["gradient"], **student["gradient"], tol=1e-5, sum_tol=5e-6)
 
 
 @pytest.mark.parametrize("beta", [-0.2, 0.0])
 def test_training_steps_leave_the_golden_weights(beta):
     expected = GOLDEN["two_training_steps"]
-    after = two_training_steps(beta)
+    ckpt, _ = two_training_steps(beta)
     for state, theirs in (
-        (after.student, expected[str(beta)]["student"]),
-        (after.aux, expected["auxiliary"]["weights"]),                  # it sees no divergence
-        (after.ema, expected[str(beta)]["ema"]),
+        (ckpt["student"], expected[str(beta)]["student"]),
+        (ckpt["aux"], expected["auxiliary"]["weights"]),                # it sees no divergence
+        (ckpt["ema"], expected[str(beta)]["ema"]),
     ):
         total = sum(t.double().abs().sum() for t in state.values())
         assert abs(total - theirs["all_abs_sum"]) < 2e-3
