@@ -180,9 +180,10 @@ def draw_batches(run, step):
     torch.manual_seed(own_seed)                       # for dropout
     apart = len(run.roles) > 1
     draws = draw_step(c, step, run.net, run.choices, run.device, apart)
-    units = draws["ratio" if c.share_passes else "ratio_aux"] * run.net.L * run.net.G
-    masked = units.round().clamp(min=1).sum()         # units that the auxiliary's loss is a mean of
     on = terms_of_the_loss(c, step)
+    shared = c.share_passes and "dimo" in on
+    units = draws["ratio" if shared else "ratio_aux"] * run.net.L * run.net.G
+    masked = units.round().clamp(min=1).sum()         # units that the auxiliary's loss is a mean of
     micro = run.images // c.accum
     batches = []
     for i in range(c.accum):
@@ -190,7 +191,7 @@ def draw_batches(run, step):
         for roles in run.roles:
             batch = micro_batch(run, step, draws, range(first, first + micro), roles)
             batch.on = on & roles
-            batch.shared = c.share_passes and "dimo" in batch.on
+            batch.shared = shared and "dimo" in roles
             batch.aux_units = masked / world          # of the global batch, this process's share
             batches.append(batch)
     # gradients travel between processes once per step and network, with the last batch
