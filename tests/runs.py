@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import runpy
 import socket
+import sys
 
 import numpy as np
 import torch
 
 import train
+from machinery.files import ROOT
 from recipes import settings
 from recipes.settings import settle
 from teachers import SPECS, load_teacher
@@ -121,6 +124,43 @@ def free_port():
         return s.getsockname()[1]
 
 
+# To import torch and all of ours takes a process seconds. So one server does it once, computes
+# nothing, and every process that a test starts is forked from it.
+SERVER = torch.multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.runs"])
+
+
+def as_script(path, flags, log, env):
+    """What a process does for `python path flags`, with one thread; what it says goes to `log`."""
+    os.environ.update(env)
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
+
+
+def start(script, *flags, log=os.devnull, **env):
+    """A process of one of this repository's scripts: a multiprocessing.Process, running."""
+    process = SERVER.Process(
+        target=as_script, args=(f"{ROOT}/{script}", [*map(str, flags)], str(log), env))
+    process.start()
+    return process
+
+
+def exit_code(process, seconds=120):
+    """Of a process that ends within this time; None where it goes on."""
+    process.join(seconds)
+    return process.exitcode
+
+
+def two_started(script, *flags, log, **env):
+    """Two processes of one run, as torchrun would start them; process r writes to `log`r.txt."""
+    env |= dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    return [start(script, *flags, log=f"{log}{r}.txt", RANK=r, LOCAL_RANK=r, **env) for r in "01"]
+
+
 def one_of_two(rank, folder, port, *runs):
     """Process `rank` of two: nano runs with these settings, one after the other."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -131,4 +171,5 @@ def one_of_two(rank, folder, port, *runs):
 
 
 def by_two_processes(folder, *runs):
-    torch.multiprocessing.spawn(one_of_two, (str(folder), free_port(), *runs), nprocs=2)
+    torch.multiprocessing.start_processes(
+        one_of_two, (str(folder), free_port(), *runs), nprocs=2, start_method="forkserver")

@@ -45,11 +45,15 @@ PROVED_BY = {
         "detector_weights": "test_flags.py::test_local_weights_of_a_judge_are_taken",
         "clip_l_weights": "test_flags.py::test_local_weights_of_a_judge_are_taken",
         "hps_weights": "test_flags.py::test_local_weights_of_a_judge_are_taken",
+        "hps_version": "test_benchmarks.py::test_each_version_of_hps_has_its_published_weights_and_"
+                       "its_own_column",
     },
     "tteo.py": {
         "device": "test_flags.py::test_a_gpu_that_is_not_there_is_refused_by_every_script",
         "benchmark": "test_tteo.py::test_a_benchmark_compares_one_start_tteo_and_best_of_n_by_"
                      "reward_geneval_and_time",
+        "detector_weights": "test_flags.py::test_local_weights_of_a_judge_are_taken",
+        "clip_l_weights": "test_flags.py::test_local_weights_of_a_judge_are_taken",
         "chunk": "test_flags.py::test_a_chunk_is_what_passes_the_networks_at_once_and_changes_"
                  "no_result",
         "checkpointing": "test_flags.py::test_checkpointing_computes_again_and_changes_no_result",
@@ -126,6 +130,10 @@ def small_judges(monkeypatch):
 MEASURED = ("n", "fid", "is_adm", "recall", "psnr", "clip_score", "single_object")
 
 
+def measured(rows):
+    return [{key: row[key] for key in MEASURED if key in row} for row in rows]
+
+
 def images(folder):
     """SHA-256 of all pictures in a folder and below it, in the order of their names."""
     paths = sorted(folder.rglob("*.png"), key=lambda path: path.name)
@@ -144,20 +152,21 @@ def evaluated(folder, flags, capsys):
         patch.setattr(evaluate, "sheet", sheet)       # its captions repeat the flags
         evaluate.main(args)
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    measured = [{key: row[key] for key in MEASURED if key in row} for row in rows]
-    return {"measured": measured, "images": images(folder), "sheet": shown}
+    return {"measured": measured(rows), "images": images(folder), "sheet": shown}
 
 
 def optimized(folder, flags, capsys):
-    """What tteo.py found, without the times."""
+    """What tteo.py found for a prompt, without the times; or measured in a benchmark."""
     args = tteo.flags().parse_args([*flags, "--device", "cpu", "--out", str(folder)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparing, "sheet", lambda *_, **__: None)      # writing takes longest
         tteo.main(args)
-    row = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
-    scores = [{key: value for key, value in row[when].items() if key != "seconds"}
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    if args.metrics:
+        return {"measured": measured(rows), "images": images(folder)}
+    scores = [{key: value for key, value in rows[-1][when].items() if key != "seconds"}
               for when in ("before", "after")]
-    return {"measured": [row["history"], scores]}
+    return {"measured": [rows[-1]["history"], scores]}
 
 
 def checked(folder, flags, capsys):
@@ -262,6 +271,9 @@ TTEO = ("--teacher maskgen-tiny --random_weights --prompt ring --rewards hps --s
         "--iterations 3 --lr 20")
 ALL_FOUR = "--teacher maskgen-tiny --random_weights --prompt ring --starts 1 --iterations 2"
 TTEO_FILES = f"--teacher maskgen-tiny --prompt ring --rewards hps --hps_weights FILES/hps1.pt {LOCAL}"
+WAYS = "--teacher maskgen-tiny --random_weights --rewards hps --starts 1 --iterations 1 --best_of 1"
+WAYS_CLIP = f"{WAYS} --metrics clip --metadata FILES/prompts1.txt"
+WAYS_GENEVAL = f"{WAYS} --metrics geneval --metadata FILES/geneval2.jsonl"
 OPTIMIZE = [
     ("prompt", TTEO, "", "--prompt tree"),
     ("ckpt", TTEO, "", "--ckpt FILES/maskgen-tiny2.pt"),
@@ -289,6 +301,16 @@ OPTIMIZE = [
     ("regularize", TTEO, "", "--regularize 0.01"),
     ("seed", TTEO, "", "--seed 3"),
     ("bf16", TTEO, "", "--bf16"),
+    ("metrics", f"{WAYS} --metadata FILES/geneval2.jsonl", "--metrics clip", "--metrics geneval"),
+    ("metadata", f"{WAYS} --metrics clip",
+     "--metadata FILES/prompts1.txt", "--metadata FILES/prompts2.txt"),
+    ("per_prompt", WAYS_GENEVAL, "--per_prompt 1", "--per_prompt 2"),
+    ("detector", f"{WAYS_GENEVAL} --per_prompt 1", "", "--detector shapes"),
+    ("save_images", WAYS_CLIP, "", "--save_images", "images"),
+    ("clip_g_weights", WAYS_CLIP, "", "--clip_g_weights FILES/measure1.pt"),
+    ("best_of", WAYS_CLIP, "", "--best_of 3"),
+    ("batch", WAYS_CLIP, "--batch 2", "--batch 3"),
+    ("seed", WAYS_CLIP, "", "--seed 3"),
 ]
 
 CHECK = f"maskgen-tiny --images FILES/photos1 --n 4 {LOCAL}"
@@ -336,7 +358,7 @@ def test_every_flag_has_a_proof(script):
 def test_two_equal_commands_end_equally(files, tmp_path, capsys):
     """Or else that two differ would prove nothing."""
     commands = (("evaluate.py", TEACHER), ("evaluate.py", STUDENT), ("tteo.py", TTEO),
-                ("data/check.py", CHECK))
+                ("tteo.py", WAYS_CLIP), ("data/check.py", CHECK))
     for n, (script, both) in enumerate(commands):
         flags = both.replace("FILES", str(files)).split()
         again = OUTCOMES[script](tmp_path / f"{n} again", flags, capsys)

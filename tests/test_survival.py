@@ -16,7 +16,7 @@ import train
 from machinery import checkpoint
 from machinery.errors import UserError, guard
 from machinery.files import ROOT
-from tests.runs import free_port, log_of, run, same, same_run
+from tests.runs import SERVER, exit_code, log_of, run, same, same_run, start, two_started
 
 KILLS = int(os.environ.get("KILLS", 0))
 STEPS = 12 * KILLS or 30
@@ -24,14 +24,6 @@ SHORT_RUN = (
     f"--teacher maskbit-tiny --random_weights --init_from teacher --gan --steps {STEPS} --batch 4 "
     "--head_width 16 --head_mlp 16 --student_start 3 --eval_every 0 --save_every 3 --log_every 1 "
     "--dropout 0.1 --device cpu").split()
-ENV = dict(os.environ, OMP_NUM_THREADS="1")
-
-
-def start(*command, log=os.devnull, **env):
-    """A process of `python train.py` or the like, in the project's folder; what it says goes to `log`."""
-    with open(log, "w") as f:
-        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=ENV | env,
-                                stdout=f, stderr=subprocess.STDOUT)
 
 
 def lines_in(path):
@@ -42,10 +34,17 @@ def lines_in(path):
         return sum(1 for _ in f)
 
 
-def wait_for(condition, process, seconds=90):
+def wait_for(condition, running, seconds=90):
     end = time.time() + seconds
-    while not condition() and process.poll() is None and time.time() < end:
+    while not condition() and running() and time.time() < end:
         time.sleep(0.01)
+
+
+def some_steps_and_a_moment(log, draw, running):
+    """Wait until a log has a few more lines, and then a part of a step: most steps are still to come."""
+    enough = lines_in(log) + draw.integers(1, 6)
+    wait_for(lambda: lines_in(log) >= enough, running)
+    time.sleep(draw.uniform(0, 0.1))
 
 
 def assert_same_end(one, two):
@@ -60,59 +59,49 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     draw, landed = np.random.default_rng(0), 0
     while True:
         go_on = "--resume" if os.path.exists(f"{cut}/ckpt.pt") else "--overwrite"
-        before = lines_in(f"{cut}/log.jsonl")
         process = start("train.py", *SHORT_RUN, "--out", cut, go_on)
         if landed < (KILLS or 2):
-            a_step_further = min(before, STEPS - 1)
-            wait_for(lambda: lines_in(f"{cut}/log.jsonl") > a_step_further, process)
-            time.sleep(draw.uniform(0, 0.6))          # then any moment
+            some_steps_and_a_moment(f"{cut}/log.jsonl", draw, process.is_alive)
             process.kill()
-        code = process.wait()
+        code = exit_code(process)
         if code == 0:
             break
         assert code == -signal.SIGKILL
         landed += 1
-    assert landed > 0 and undisturbed.wait() == 0
+    assert landed > 0 and exit_code(undisturbed) == 0
     assert_same_end(whole, cut)
 
 
 def test_two_processes_of_which_one_is_killed_go_on_by_themselves_and_end_the_same(tmp_path):
-    def two(out):
-        return start(
-            "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            f"--max-restarts={KILLS or 1}", "train.py", *SHORT_RUN, "--out", f"{tmp_path}/{out}",
-            log=f"{tmp_path}/{out}.txt")
-
-    def assert_ended(process, out):
-        with open(f"{tmp_path}/{out}.txt") as f:
-            assert process.wait(120) == 0, f.read()[-3000:]
-
-    assert_ended(two("whole"), "whole")
-    draw, log, landed = np.random.default_rng(1), f"{tmp_path}/cut/log.jsonl", 0
-    process = two("cut")
+    undisturbed = two_started("train.py", *SHORT_RUN, "--out", f"{tmp_path}/whole",
+                              log=f"{tmp_path}/whole")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                f"--max-restarts={KILLS or 1}", "train.py", *SHORT_RUN, "--out", f"{tmp_path}/cut"]
+    with open(f"{tmp_path}/cut.txt", "w") as f:
+        process = subprocess.Popen(torchrun, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                                   stdout=f, stderr=subprocess.STDOUT)
+    draw, landed = np.random.default_rng(1), 0
     for _ in range(KILLS or 1):
-        before = lines_in(log)
-        wait_for(lambda: lines_in(log) > before + 2, process)
-        time.sleep(draw.uniform(0, 0.6))
+        some_steps_and_a_moment(f"{tmp_path}/cut/log.jsonl", draw, lambda: process.poll() is None)
         children = ["pgrep", "-P", str(process.pid)]
         workers = subprocess.run(children, capture_output=True, text=True).stdout.split()
         if workers and process.poll() is None:
             os.kill(int(workers[draw.integers(len(workers))]), signal.SIGKILL)
             landed += 1
     assert landed > 0
-    assert_ended(process, "cut")
+    with open(f"{tmp_path}/cut.txt") as f:
+        assert process.wait(120) == 0, f.read()[-3000:]
+    assert [exit_code(peer) for peer in undisturbed] == [0, 0]
     assert_same_end(f"{tmp_path}/whole", f"{tmp_path}/cut")
 
 
 def test_a_run_whose_peer_dies_ends_with_a_sentence_within_seconds(tmp_path):
     """Without torchrun, which would stop it: two processes, one is killed, the other says so."""
-    port = str(free_port())
-    command = ["train.py", *SHORT_RUN, "--steps", "4000", "--out", f"{tmp_path}/out"]
-    peers = [start(*command, log=f"{tmp_path}/{rank}.txt", WORLD_SIZE="2", RANK=str(rank),
-                   MASTER_ADDR="localhost", MASTER_PORT=port) for rank in range(2)]
-    wait_for(lambda: os.path.exists(f"{tmp_path}/out/ckpt.pt"), peers[0])
+    peers = two_started("train.py", *SHORT_RUN, "--steps", "4000", "--out", f"{tmp_path}/out",
+                        log=f"{tmp_path}/")
+    wait_for(lambda: os.path.exists(f"{tmp_path}/out/ckpt.pt"), peers[0].is_alive)
     peers[1].kill()
-    assert peers[0].wait(60) == 3
+    assert exit_code(peers[0]) == 3
     with open(f"{tmp_path}/0.txt") as f:
         said = f.read()
     assert "train.py: another process is gone" in said
@@ -124,6 +113,16 @@ def full_disk(state, f):
     raise OSError(28, "No space left on device")
 
 
+def dies_while_saving(path, state):
+    def save(state, f):
+        f.write(b"half")
+        f.flush()
+        os._exit(9)
+
+    torch.save = save
+    checkpoint.save_checkpoint(path, state)
+
+
 def test_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = str(tmp_path / "ckpt.pt")
     checkpoint.save_checkpoint(path, dict(step=1))
@@ -132,16 +131,9 @@ def test_a_full_disk_or_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, 
         checkpoint.save_checkpoint(path, dict(step=2))
     assert torch.load(path, weights_only=True) == dict(step=1)
     assert os.listdir(tmp_path) == ["ckpt.pt"]
-    dies_while_writing = (
-        "import os, torch\n"
-        "from machinery.checkpoint import save_checkpoint\n"
-        "def save(state, f):\n"
-        "    f.write(b'half')\n"
-        "    f.flush()\n"
-        "    os._exit(9)\n"
-        "torch.save = save\n"
-        f"save_checkpoint({path!r}, dict(step=3))")
-    assert start("-c", dies_while_writing).wait() == 9
+    process = SERVER.Process(target=dies_while_saving, args=(path, dict(step=3)))
+    process.start()
+    assert exit_code(process) == 9
     assert torch.load(path, weights_only=True) == dict(step=1)
 
 
