@@ -453,6 +453,8 @@ def test_surrogate_gradient_is_the_gradient_of_the_divergence(beta):
     truth = grad((divergence * mask).sum(), z_psi)                      # float64 autograd
     g = dimo.divergence_grad(z_phi, z_psi.detach(), mask, beta)
     assert close(g.double(), truth, atol=2e-6)                          # Eq. (2)
+    logged = dimo.divergence(z_phi, z_psi.detach(), mask, beta)
+    assert close(logged.double(), (divergence * mask).sum((1, 2)), atol=1e-4)
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -135,6 +135,25 @@ def test_frozen_weights_in_bf16_change_nothing_under_autocast(name):
     assert sum(p.nbytes for p in net.parameters()) < 0.75 * before
 
 
+@pytest.mark.parametrize("gan, shared, expected", [
+    (False, False, 9), (False, True, 8), (True, False, 13), (True, True, 11)])
+def test_a_step_makes_the_passes_that_the_docs_count(
+        gan, shared, expected, tmp_path, monkeypatch):
+    true, passes = MaskBit.forward, []
+
+    def counted(self, e, *args, **kwargs):
+        passes.append(len(e) / 8)                     # of a batch of 8
+        if torch.is_grad_enabled() and next(self.blocks.parameters()).requires_grad:
+            passes.append(2 * len(e) / 8)             # back, to the input and to the weights
+        elif e.requires_grad:
+            passes.append(len(e) / 8)                 # back, to the input
+        return true(self, e, *args, **kwargs)
+
+    monkeypatch.setattr(MaskBit, "forward", counted)
+    run(tmp_path, steps=1, gan=gan, share_passes=shared)
+    assert sum(passes) == expected
+
+
 # ------------------------------------------------------------------------------- what a flag does
 def test_ablations_are_flags(tmp_path):
     dimo_only = run(tmp_path, out=f"{tmp_path}/a", gan=False, steps=3)
