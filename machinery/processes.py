@@ -40,6 +40,19 @@ def join_processes(kind):
     return device
 
 
+@contextlib.contextmanager
+def group_of_one(kind):
+    """A process group of this process alone, with all that several would have; its backend's name."""
+    backend = "nccl" if kind == "cuda" else "gloo"
+    device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else None
+    dist.init_process_group(
+        backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    try:
+        yield backend
+    finally:
+        dist.destroy_process_group()
+
+
 def joined():
     """Is there a process group, of one process at least?"""
     return dist.is_initialized()

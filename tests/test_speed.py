@@ -1,10 +1,12 @@
 """Speed: nothing waits, nothing breaks a graph, a profile adds up, and a student leaves as one file."""
 
 import functools
+import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from machinery import compiling, optim, profile
 from machinery.errors import UserError
 from machinery.files import ROOT
 from networks.blocks import linear32
+from recipes import selftest
 from recipes.settings import settle
 from soft_embed import soft_embed
 from teachers import load_teacher
@@ -79,24 +82,6 @@ def test_the_four_lines_of_the_docs_draw_from_a_checkpoint_and_the_command_expor
         ask("--ckpt", ckpt, "--export", f"{tmp_path}/none/x")
     with pytest.raises(UserError, match="writes one student"):
         ask("--export", f"{tmp_path}/x")
-
-
-def test_a_profile_adds_up_and_writes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "current", None)
-    B, out = 4, f"{tmp_path}/out"
-    train.train(settle(dict(teacher="maskbit-tiny", gan=True, profile=2, batch=B, device="cpu",
-                            dtype="fp32", out=out)))
-    row = profile.current.row
-    assert not os.path.exists(out)
-    phases = {"random choices", "student forward", "Di[M]O: teacher, aux", "GAN gradient",
-              "student backward", "aux forward, backward", "discriminator", "updates", "other"}
-    assert row["phases"].keys() == phases and all(ms > 0 for ms in row["phases"].values())
-    assert sum(row["phases"].values()) == pytest.approx(row["ms"])
-    assert row["share_of_ceiling"] == pytest.approx(row["tflop_per_s"] / row["ceiling_tflop_per_s"])
-    blocks = load_teacher("maskbit-tiny").net.blocks
-    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
-    assert row["tflop"] * 1e12 > 12 * 2 * B * 64 * weights        # 12 passes or more
-    assert 0 < row["not_matmul"] < 1 and "passes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kernel, product", [
@@ -215,3 +200,46 @@ def test_the_host_reads_nothing_of_the_device_between_log_lines(reward, tmp_path
     last = events.index(2)                            # the last step logs and saves
     assert events[:last + 1] == [0, 1, 2]
     assert "aten._local_scalar_dense.default" in events[last:]
+
+
+# ---------------------------------------------------------------------------------- the self-test
+def test_the_selftest_finds_a_cpu_in_order_and_its_profile_adds_up(tmp_path, monkeypatch, capsys):
+    command = ["train.py", "--selftest", "--device", "cpu", "--no-compile", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    train.main()
+    assert os.listdir(tmp_path) == ["selftest.jsonl"]
+    with open(f"{tmp_path}/selftest.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    checks = {row["check"]: row for row in rows if "check" in row}
+    assert len(checks) == 13 and all(row["ok"] for row in checks.values())
+    assert [row["difference"] for row in rows if "difference" in row] == [0, 0]       # to the bit
+    speeds = {row["speed"]: row for row in rows if "speed" in row}
+    assert len(speeds) == 8
+    assert all(row["ms"] > 0 and row["images_per_s"] > 0 for row in speeds.values())
+    said = capsys.readouterr().out
+    assert all(name in said for name in [*checks, *speeds])
+
+    row = speeds["MaskBit, Di[M]O + GAN"]
+    phases = {"random choices", "student forward", "Di[M]O: teacher, aux", "GAN gradient",
+              "student backward", "aux forward, backward", "discriminator", "updates", "other"}
+    assert row["phases"].keys() == phases and all(ms > 0 for ms in row["phases"].values())
+    assert sum(row["phases"].values()) == pytest.approx(row["ms"])
+    assert row["share_of_ceiling"] == pytest.approx(row["tflop_per_s"] / row["ceiling_tflop_per_s"])
+    blocks = load_teacher("maskbit-tiny").net.blocks
+    weights = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    assert row["tflop"] * 1e12 > 12 * 2 * 8 * 64 * weights        # 12 passes or more
+    assert 0 < row["not_matmul"] < 1
+
+
+def test_the_selftest_says_which_gradient_is_wrong(tmp_path):
+    def dimo_term(run, batch):
+        g = train.dimo_term(run, batch)
+        return -g if run.c.dtype == "bf16" else g
+
+    broken = SimpleNamespace(**vars(train) | dict(dimo_term=dimo_term))
+    settings = selftest.TINY["maskbit-tiny"] | dict(device="cpu", out=str(tmp_path))
+    rows = selftest.agreement(broken, settings, [("bf16", False)])
+    failed = [row["check"] for row in rows if not row["ok"]]
+    assert failed == ["maskbit-tiny, bf16, eager: Di[M]O at the logits"]
+    with pytest.raises(UserError, match="Di.M.O at the logits: not as it should be"):
+        selftest.verdict(rows)
