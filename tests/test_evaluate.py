@@ -394,7 +394,7 @@ class Processes:
     def __init__(self, world):
         self.world = world
         self.mine = threading.local()
-        self.meet = threading.Barrier(world, timeout=20)
+        self.meet = threading.Barrier(world, timeout=120)
         self.table = {}
 
     def is_initialized(self):
@@ -422,6 +422,9 @@ class Processes:
     def all_gather_object(self, out, thing):
         out[:] = self.exchange(thing)
 
+    def broadcast_object_list(self, things):
+        things[:] = self.exchange([*things])[0]
+
     def run(self, f):
         """What f() returns in every process, or the sentence of its UserError."""
         results = [None] * self.world
@@ -437,7 +440,7 @@ class Processes:
         for t in threads:
             t.start()
         for t in threads:
-            t.join(60)
+            t.join(300)
         return results
 
 
