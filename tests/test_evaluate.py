@@ -530,7 +530,7 @@ def test_published_numbers_are_a_table_of_known_teachers():
         assert len(pairs) % 2 == 0 and all(map(float, pairs[1::2]))
         student_of = kind in ("Di[M]O", "Soft-Di[M]O", "longer", "TTEO-4x4")
         assert student_of or kind.removesuffix("-halton").isdigit()
-    assert len({(name, kind) for name, kind, *_ in lines}) == len(lines)
+    assert len({(name, kind, place) for name, kind, place, *_ in lines}) == len(lines)
 
 
 def test_published_numbers_stand_beside_the_teachers_they_belong_to():
