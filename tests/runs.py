@@ -143,8 +143,8 @@ def as_script(path, flags, log, env):
 
 def start(script, *flags, log=os.devnull, **env):
     """A process of one of this repository's scripts: a multiprocessing.Process, running."""
-    process = SERVER.Process(
-        target=as_script, args=(f"{ROOT}/{script}", [*map(str, flags)], str(log), env))
+    args = f"{ROOT}/{script}", [*map(str, flags)], str(log), env
+    process = SERVER.Process(target=as_script, args=args, daemon=True)      # it ends with the tests
     process.start()
     return process
 

@@ -7,8 +7,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ from networks import autoencoders, weights
 from teachers import SPECS
 from tests.common import agrees, generator_file, integers, seeded, tiny_teacher, tokenizer_file
 from tests.common import uniform
+from tests.runs import exit_code, start
 
 
 def photo(path, seed):
@@ -138,14 +137,14 @@ def test_check_reports_each_file_and_what_the_teacher_knows(tmp_path, capsys):
 
 
 def test_check_ends_with_2_and_a_sentence_where_a_file_is_not_right(tmp_path):
-    command = [sys.executable, os.path.join(ROOT, "data", "check.py"), "maskbit-tiny"]
-    missing = ["--teacher_weights", str(tmp_path / "no.bin")]
-    done = subprocess.run([*command, *missing], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "check.py: maskbit-tiny is not complete" in done.stderr
-    assert "net        NOT  no weights at" in done.stdout
-    assert "tokenizer  ok " in done.stdout
+    said = tmp_path / "said.txt"
+    process = start("data/check.py", "maskbit-tiny", "--teacher_weights", tmp_path / "no.bin",
+                    log=said)
+    assert exit_code(process) == 2
+    said = said.read_text()
+    assert "check.py: maskbit-tiny is not complete" in said and "Traceback" not in said
+    assert "net        NOT  no weights at" in said
+    assert "tokenizer  ok " in said
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import runpy
-import subprocess
 import sys
 import threading
 
@@ -29,7 +28,7 @@ from metrics.published import PUBLISHED, published
 from networks import inception
 from teachers import SPECS, load_teacher
 from tests.common import command, photos, same_psnr, student
-from tests.runs import free_port, one_thread
+from tests.runs import exit_code, one_thread, two_started
 from tests.test_metrics import Small
 from worlds.fashion import load_extractor
 
@@ -395,7 +394,7 @@ class Processes:
     def __init__(self, world):
         self.world = world
         self.mine = threading.local()
-        self.meet = threading.Barrier(world, timeout=20)
+        self.meet = threading.Barrier(world, timeout=120)
         self.table = {}
 
     def is_initialized(self):
@@ -423,6 +422,9 @@ class Processes:
     def all_gather_object(self, out, thing):
         out[:] = self.exchange(thing)
 
+    def broadcast_object_list(self, things):
+        things[:] = self.exchange([*things])[0]
+
     def run(self, f):
         """What f() returns in every process, or the sentence of its UserError."""
         results = [None] * self.world
@@ -438,7 +440,7 @@ class Processes:
         for t in threads:
             t.start()
         for t in threads:
-            t.join(60)
+            t.join(300)
         return results
 
 
@@ -474,14 +476,11 @@ def test_one_two_and_four_processes_give_the_same_numbers_and_the_same_complaint
 
 def test_two_real_processes_measure_what_one_does(tmp_path):
     flags = ["--steps", "2", "--n", "50", "--batch", "15"]
-    line = [sys.executable, os.path.join(ROOT, "evaluate.py"), *flags, "--random_weights",
-            "--device", "cpu", "--out", str(tmp_path / "two")]
-    group = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="localhost", OMP_NUM_THREADS="1",
-                 MASTER_PORT=str(free_port()))
-    started = [subprocess.Popen(line, env=dict(group, RANK=r, LOCAL_RANK=r)) for r in "01"]
+    started = two_started("evaluate.py", *flags, "--random_weights", "--device", "cpu", "--out",
+                          tmp_path / "two", log=tmp_path / "said")
     with one_thread():
         one, = command(tmp_path, *flags)
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert [exit_code(process) for process in started] == [0, 0]
     two = json.loads((tmp_path / "two" / "results.jsonl").read_text())
     assert (one["processes"], two["processes"]) == (1, 2)
     for key in ("is_std", *NUMBERS):
@@ -531,7 +530,7 @@ def test_published_numbers_are_a_table_of_known_teachers():
         assert len(pairs) % 2 == 0 and all(map(float, pairs[1::2]))
         student_of = kind in ("Di[M]O", "Soft-Di[M]O", "longer", "TTEO-4x4")
         assert student_of or kind.removesuffix("-halton").isdigit()
-    assert len({(name, kind) for name, kind, *_ in lines}) == len(lines)
+    assert len({(name, kind, place) for name, kind, place, *_ in lines}) == len(lines)
 
 
 def test_published_numbers_stand_beside_the_teachers_they_belong_to():

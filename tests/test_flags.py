@@ -10,7 +10,6 @@ what they do instead, in tests that PROVED_BY names. A new flag fails until it h
 import hashlib
 import collections
 import json
-import re
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from data import check, imagenet, prompts
 from machinery.errors import UserError
 from machinery.files import ROOT
 from metrics import benchmarks, reference
-from networks import inception, mask2former
+from networks import inception
 from networks.clip import ClipReward
 from tests.common import BLIP, CLIP, photos, reward_file, seeded, tiny_teacher
 from tests.test_benchmarks import SHAPES, hps_folder, load, noise, write_lines
@@ -259,7 +258,7 @@ EVALUATE = [
     ("metrics", f"--random_weights --fake FILES/photos1 {REF}", "--metrics fid", "--metrics is"),
     ("metrics", f"{DRAW} --reference FILES/reference1.npz", "--metrics clip",
      "--metrics fid clip"),
-    ("n", f"--random_weights --teacher maskgit-tiny --steps 1 --reference FILES/reference1.npz",
+    ("n", "--random_weights --teacher maskgit-tiny --steps 1 --reference FILES/reference1.npz",
      "--n 12", "--n 20"),
     ("n", f"{REBUILD} --real FILES/photos1", "", "--n 10"),
     ("batch", TEACHER, "--batch 5", "--batch 6"),

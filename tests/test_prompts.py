@@ -9,7 +9,6 @@ import csv
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import unicodedata
 
@@ -21,8 +20,8 @@ from PIL import Image
 from data import images, prompts
 from data.tokens import describe, load_tokens
 from machinery.errors import UserError
-from machinery.files import ROOT
 from teachers import load_teacher
+from tests.runs import exit_code, start
 
 
 def listed(folder, name, content, *flags):
@@ -395,15 +394,10 @@ def test_a_gpu_that_is_not_there_is_a_sentence(tmp_path):
 
 def test_the_script_answers_bad_input_with_one_sentence_and_status_2(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\nbr\xffken\n")
-    command = [sys.executable, f"{ROOT}/data/prompts.py", "--out", str(tmp_path / "out.txt")]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    running = []
     for source in (str(tmp_path / "a.txt"), "/nowhere.txt"):
-        running.append(subprocess.Popen([*command, source], **pipes))
-    for process in running:
-        said, complaint = process.communicate()
-        assert process.returncode == 2
-        assert complaint.startswith("prompts.py: ") or "\nprompts.py: " in complaint
-        assert "Traceback" not in complaint
-        assert not said
+        said = tmp_path / "said.txt"
+        process = start("data/prompts.py", source, "--out", tmp_path / "out.txt", log=said)
+        assert exit_code(process) == 2
+        lines = said.read_text().splitlines()
+        assert lines[-1].startswith("prompts.py: ") and "Traceback" not in "".join(lines)
     assert not (tmp_path / "out.txt").exists()

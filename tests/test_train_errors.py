@@ -121,7 +121,8 @@ def test_prompts_that_do_not_fit_the_real_tokens_are_answered_with_a_sentence(tm
 
 
 def test_without_a_compiler_the_way_out_is_named(tmp_path):
-    env = dict(os.environ, CXX="/bin/false", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+    env = dict(os.environ, CXX="/bin/false", TORCHINDUCTOR_FORCE_DISABLE_CACHES="1",
+               TORCHINDUCTOR_COMPILE_THREADS="1", OMP_NUM_THREADS="1")
     command = [sys.executable, "train.py", *SHORT_RUN, "--compile", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 2 and "Traceback" not in done.stderr
