@@ -423,6 +423,9 @@ class Processes:
     def all_gather_object(self, out, thing):
         out[:] = self.exchange(thing)
 
+    def broadcast_object_list(self, things):
+        things[0] = self.exchange(things[0])[0]
+
     def run(self, f):
         """What f() returns in every process, or the sentence of its UserError."""
         results = [None] * self.world
