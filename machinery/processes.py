@@ -99,9 +99,9 @@ def from_first(thing):
 def keep_memory():
     """Let the process keep the memory that it has freed, for its next batch (glibc alone).
 
-    Otherwise each large tensor is mapped anew, and the system fills it with zeros, page by page. Per
-    second of one core, in two trials each, theta_0 of fashion draws 252 and 251 images without this,
-    286 and 275 with it, and peak memory is the same within 3%.
+    Otherwise each large tensor is mapped anew, and the system fills it with zeros, page by page.
+    Per second of one core, in two trials each, theta_0 of fashion draws 252 and 251 images without
+    this, 286 and 275 with it; peak memory is the same within 3%.
     """
     if platform.libc_ver()[0] != "glibc":
         return
