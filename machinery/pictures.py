@@ -1,6 +1,7 @@
 """Pictures: uint8 tensors as PIL pictures, as a folder of files, as one labeled sheet; and curves.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -78,42 +79,55 @@ def curves(panels, path, columns=3):
     """Write a PNG of small plots {title: {name: [(x, y), ...]}}. All show the same range of x."""
     W, H = PANEL
     rows = math.ceil(len(panels) / columns)
-    page = Image.new("RGB", (columns * W, rows * H), "white")
-    draw = ImageDraw.Draw(page)
+    size = columns * W, rows * H
+    page = Image.new("RGB", size, "white")
     xs = [x for lines in panels.values() for line in lines.values() for x, _ in line]
+    first = min(xs)
+    last = max(xs)
     for i, (title, lines) in enumerate(panels.items()):
-        plot(draw, i % columns * W, i // columns * H, title, lines, min(xs), max(xs))
+        corner = i % columns * W, i // columns * H
+        page.paste(plot(title, lines, first, last), corner)
     with replacing(path) as f:
         page.save(f, format="PNG", optimize=True)
 
 
-def plot(draw, left, top, title, lines, first, last):
-    """One plot of `curves`, its corner at (left, top), for x from first to last."""
+def plot(title, lines, first, last):
+    """One plot of `curves`, for x from first to last, as a PIL picture."""
+    page = Image.new("RGB", PANEL, "white")
+    draw = ImageDraw.Draw(page)
+    number = functools.partial(draw.text, fill="black", font_size=11)
+    W, H = PANEL
+    right = W - RIGHT
+    bottom = H - BOTTOM
     ys = [y for line in lines.values() for _, y in line]
-    low, high = min(ys), max(ys)
-    x0, x1 = left + LEFT, left + PANEL[0] - RIGHT     # the frame
-    y0, y1 = top + TOP, top + PANEL[1] - BOTTOM
+    low = min(ys)
+    high = max(ys)
 
     def place(x, y):
         along = (x - first) / (last - first or 1)
         up = (y - low) / (high - low or 1)
-        return x0 + along * (x1 - x0), y1 - up * (y1 - y0)
+        x = LEFT + along * (right - LEFT)
+        y = bottom - up * (bottom - TOP)
+        return x, y
 
     for y in {low, (low + high) / 2, high}:
-        height = place(first, y)[1]
-        draw.line([(x0, height), (x1, height)], "#dddddd")
-        draw.text((x0 - 6, height), f"{y:.3g}", "black", anchor="rm", font_size=11)
-    draw.text((x0, y1 + 5), f"{first:g}", "black", font_size=11)
-    draw.text((x1, y1 + 5), f"{last:g}", "black", anchor="ra", font_size=11)
+        _, height = place(first, y)
+        draw.line([(LEFT, height), (right, height)], "#dddddd")
+        number((LEFT - 6, height), f"{y:.3g}", anchor="rm")
+    number((LEFT, bottom + 5), f"{first:g}")
+    number((right, bottom + 5), f"{last:g}", anchor="ra")
 
-    at = x0
-    draw.text((at, top + 7), title, "black", font_size=13)
-    at += draw.textlength(title, font_size=13) + 12
+    words = [(title, "black")]
     for (name, line), color in zip(lines.items(), itertools.cycle(COLORS)):
         points = [place(x, y) for x, y in line]
         draw.line(points, color)
-        for x, y in points[-1:]:                      # a line of one point would not be seen
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)
+        x, y = points[-1]
+        draw.ellipse([x - 2, y - 2, x + 2, y + 2], color)        # seen also where it is alone
         if len(lines) > 1:
-            draw.text((at, top + 8), name, color, font_size=12)
-            at += draw.textlength(name, font_size=12) + 10
+            words.append((name, color))
+
+    at = LEFT
+    for text, color in words:
+        draw.text((at, 8), text, color, font_size=12)
+        at += draw.textlength(text, font_size=12) + 10
+    return page

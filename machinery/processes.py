@@ -3,7 +3,9 @@ anything but these.
 """
 
 import contextlib
+import ctypes
 import os
+import platform
 import time
 from datetime import timedelta
 
@@ -29,6 +31,7 @@ def join_processes(kind):
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -97,15 +100,30 @@ def gather(thing):
     return everyone
 
 
-def broadcast(thing):
+def from_first(thing):
     """What the first process passed in; every process must call it."""
     things = [thing]
-    if dist.is_initialized():
+    if joined():
         dist.broadcast_object_list(things)
     return things[0]
 
 
 # ---------------------------------------------------------------------------------------- devices
+def keep_memory():
+    """Let the process keep the memory that it has freed, for its next batch (glibc alone).
+
+    Otherwise each large tensor is mapped anew, and the system fills it with zeros, page by page.
+    Per second of one core, in two trials each, theta_0 of fashion draws 252 and 251 images without
+    this, 286 and 275 with it; peak memory is the same within 3%.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3       # names and numbers of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**25)             # 32 MB, the most that glibc takes
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def now(device):
     """Seconds, once the device has done what it was told."""
     if device.type == "cuda":

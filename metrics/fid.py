@@ -18,7 +18,7 @@ import torch
 
 from machinery.errors import UserError
 from machinery.files import fingerprint
-from machinery.processes import broadcast, is_main
+from machinery.processes import from_first, is_main
 from metrics.engine import extracted, scored
 
 METRICS = ("fid", "is", "prdc")
@@ -163,7 +163,7 @@ def image_metrics(make_images, asked, extractor, reference, batch=250, seed=0, m
         numbers = metrics_of(fake, reference, metrics)
     return {
         **row,
-        **broadcast(numbers),
+        **from_first(numbers),
         **fake.facts,
         "extractor": f"{type(extractor).__name__} {fingerprint(extractor)}",
         "reference": reference.name,

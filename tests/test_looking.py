@@ -3,9 +3,11 @@
     pytest tests/test_looking.py
 """
 
+import ctypes
 import functools
 import json
 import os
+import platform
 import types
 
 import numpy as np
@@ -17,7 +19,7 @@ import evaluate
 import teachers
 import train
 from data.tokens import write_lines
-from machinery import pictures
+from machinery import pictures, processes
 from machinery.errors import UserError
 from machinery.files import fingerprint
 from metrics import benchmarks, fid, geneval, reference
@@ -180,7 +182,7 @@ def test_the_first_process_alone_computes_a_fid_and_tells_the_others(monkeypatch
     real = reference.Reference(np.zeros(small.dim), np.eye(small.dim), None, "real")
     monkeypatch.setattr(fid, "is_main", lambda: False)
     monkeypatch.setattr(fid, "metrics_of", None)                          # a call would fail
-    monkeypatch.setattr(fid, "broadcast", lambda numbers: numbers or {"fid": 7.0})
+    monkeypatch.setattr(fid, "from_first", lambda numbers: numbers or {"fid": 7.0})
     row = fid.image_metrics(lambda i, **_: img[i], torch.arange(20), small, real)
     assert row["fid"] == 7 and row["n"] == 20
 
@@ -218,3 +220,20 @@ def test_a_curve_goes_from_its_first_point_to_its_last_within_the_frame(tmp_path
         height = {"top": 2, "bottom": H - pictures.BOTTOM - pictures.TOP + 2}
         for x, end in zip((xs.min() + 2, xs.max() - 2), ends.split()):
             assert abs(ys[xs == x].mean() - height[end]) < 4
+
+
+# ----------------------------------------------------------------------------------------- memory
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of glibc")
+def test_glibc_is_told_to_keep_freed_memory_and_agrees(monkeypatch):
+    libc, answers = ctypes.CDLL(None), {}
+
+    def mallopt(name, value):
+        answers[name] = value, libc.mallopt(name, value)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt))
+    processes.join_processes("cpu")
+    assert answers == {-3: (2**25, 1), -1: (2**31 - 1, 1)}
+    answers.clear()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    processes.join_processes("cpu")
+    assert answers == {}

@@ -16,7 +16,7 @@ import torch
 
 from machinery.errors import UserError
 from machinery.pictures import sheet, spread
-from machinery.processes import broadcast, is_main
+from machinery.processes import from_first, is_main
 from machinery.records import append_rows, environment, print_rows
 from metrics.benchmarks import run_benchmark
 from metrics.published import published
@@ -141,4 +141,4 @@ def starts_in_the_same_time(N, iterations, seconds_of):
     n = N
     for _ in range(2):                                # again: a start may cost more among many
         n = max(1, round(n * goal / seconds_of(n, 1)))
-    return broadcast(n)
+    return from_first(n)
