@@ -50,7 +50,7 @@ RUNS = {
         init_ratio=0.4, noise=0.5, schedule="cosine", ratio_range=[0.2, 0.8], w_t="inverse",
         soft_state=True, smoothing=0.3, soft_target=0.4, redraw=True, student_start=1,
         w_gan=30.0, gan_start=2, gan_ratio=[0.2, 0.7], estimator="gumbel", tau=1.6,
-        feature_noise=0.5, aux_lr=2e-3, disc_lr=3e-3, warmup=2, weight_decay=0.05, clip=0.5,
+        feature_noise=0.5, aux_lr=2e-3, disc_lr=3e-3, warmup=2, weight_decay=0.05, clip=0.1,
         ema=0.2),
     "nano, Di[M]O alone": dict(
         gan=False, redraw=True, beta=0.7, cfg_schedule="linear", cfg_low=0.0,
