@@ -2,7 +2,7 @@
 
 The order is the README's: soft embeddings (Eq. 3, 5, 13-15), Di[M]O (starts, masks, guidance, Eq. 2
 and the auxiliary's Eq. 1), the discriminator (Eq. 7-8), rewards (Eq. 9), test-time optimization
-(Eq. 11), and at the end Algorithm 1, two whole training steps. What else this repository claims,
+(Eq. 11), and at the end Algorithm 1, two whole training steps by train.py. What else is claimed,
 about networks, files, metrics and scripts, is proved in tests/; `pytest` alone runs everything.
 
 No network access, and every run is the same. Expected numbers ("golden") were measured on public
@@ -1089,14 +1089,14 @@ def two_training_steps(beta):
         return start | draws | {f"again_{name}": choice for name, choice in again.items()}
 
     def load_seeded(run):
-        """Three networks that differ, also in their tables, which are one where train.py loads them."""
+        """Three networks that differ, also in their tables, of which train.py has one for all."""
         load_networks(run)
         nets = run.net, run.student.module, run.ema, run.aux.module
-        for net, seed in zip(nets, (0, 1, 1, 2)):
-            net.load_state_dict(seeded_maskgit(seed).state_dict())
+        for net, number in zip(nets, (0, 1, 1, 2)):
+            net.load_state_dict(seeded_maskgit(number).state_dict())
             net.register_forward_pre_hook(functools.partial(by_own_table, run.E))
         run.student.module.last[4].weight.register_hook(gradients.append)
-        run.aux.update = functools.partial(unclipped, run.aux)          # officially the student alone
+        run.aux.update = functools.partial(unclipped, run.aux)        # officially only the student
 
     spec = replace(SPECS["maskgit-tiny"], net=dict(V=32, grid=4, width=48, depth=2, heads=4, mlp=96,
                                                    classes=10))

@@ -1,7 +1,7 @@
 """train.py, run as a user runs it, comes to what Algorithm 1 comes to where it is written plainly.
 
-That is in tests/algorithm1.py, in float64. Few runs set many things each, to values at which it
-shows if one is ignored, or reaches another place.
+That is tests/algorithm1.py, in float64. Few runs set many things each, to values at which it shows
+if one is ignored or ends in another place: for each setting this was tried, by breaking its way.
 """
 
 import copy
@@ -26,13 +26,14 @@ from tests.algorithm1 import algorithm1, in_float64
 from tests.common import seeded
 from tests.runs import by_two_processes, log_of, made_up_data, nano_settings
 
-# Said to both, so that no default decides.
+# Said to train.py and to algorithm1 alike, so that no default and no recipe decides.
 PLAIN = dict(
     batch=4, steps=3, accum=1, seed=4, init_from="teacher",
     cfg=2.5, cfg_low=1.0, cfg_schedule="constant",
     w_dimo=1.0, beta=0.0, init_ratio=0.6, noise=0.1, schedule="arccos", ratio_range=[0.0, 1.0],
     w_t="one", soft_state=False, smoothing=0.1, soft_target=0.0, redraw=False, student_start=0,
     share_passes=False,
+    prompts=None,
     gan=True, w_gan=10.0, gan_start=0, gan_ratio=[0.0, 0.95], estimator="soft", tau=1.0,
     heads=2, head_width=16, head_mlp=16, feature_noise=0.0,
     reward=False, w_reward=1.0, rewards={"clip": 1.0}, reward_start=0, clip_reward=0.0,
@@ -49,7 +50,7 @@ RUNS = {
         init_ratio=0.4, noise=0.5, schedule="cosine", ratio_range=[0.2, 0.8], w_t="inverse",
         soft_state=True, smoothing=0.3, soft_target=0.4, redraw=True, student_start=1,
         w_gan=30.0, gan_start=2, gan_ratio=[0.2, 0.7], estimator="gumbel", tau=1.6,
-        feature_noise=0.5, aux_lr=2e-3, disc_lr=3e-3, warmup=2, weight_decay=0.05, clip=0.5,
+        feature_noise=0.5, aux_lr=2e-3, disc_lr=3e-3, warmup=2, weight_decay=0.05, clip=0.1,
         ema=0.2),
     "nano, Di[M]O alone": dict(
         gan=False, redraw=True, beta=0.7, cfg_schedule="linear", cfg_low=0.0,
@@ -60,7 +61,8 @@ RUNS = {
     "maskbit-tiny": dict(batch=2),
     "maskgit-tiny": dict(),
     "maskgen-tiny": dict(
-        prompts="assets/prompts.txt", estimator="straight-through", tau=0.6, feature_noise=0.1),
+        seed=9, prompts="assets/prompts.txt", estimator="straight-through", tau=0.6,
+        feature_noise=0.1, redraw=True),
     "meissonic-tiny": dict(
         batch=2, prompts="assets/shapes/prompts.txt", lr=1e-4, aux_lr=1e-4, disc_lr=1e-4,
         estimator="gumbel", tau=0.7, reward=True, w_reward=0.05, reward_start=1, clip_reward=0.5,
@@ -129,8 +131,8 @@ def write(path, module, seed):
 def reference(settings):
     """What algorithm1 comes to, from the same start and with the same random choices."""
     c = SimpleNamespace(**settings)
-    files = {f"{role}_weights": settings.get(f"{role}_weights")
-             for role in ("teacher", "tokenizer", "text")}
+    roles = "teacher", "tokenizer", "text"
+    files = {f"{role}_weights": settings.get(f"{role}_weights") for role in roles}
     teacher = load_teacher(c.teacher, **files)
     net, heads, rewards = teacher.net, None, None
     theta_0 = copy.deepcopy(net)
@@ -149,10 +151,8 @@ def reference(settings):
     if teacher.text is not None:
         net.null_text, net.null_pooled = net.null_text.double(), net.null_pooled.double()
     with in_float64():
-        for d in draws:
-            for start in (d.start, d.again, d.pair):
-                if start is not None:
-                    start.cond = teacher.cond(start.asked)
+        for start in (start for d in draws for start in (d.start, d.again, d.pair) if start):
+            start.cond = teacher.cond(start.asked)
         result = algorithm1(teacher, theta_0, heads, rewards, draws, c)
     result.start = dict(student=theta_0, aux=net, disc=heads, ema=theta_0)
     return result
@@ -160,70 +160,66 @@ def reference(settings):
 
 def what_is_random(c, step, teacher):
     """The random tensors of a step's whole batch; mask ratios as the u ~ U(0, 1) behind them."""
-    net, real, prompts = teacher.net, None, None
+    net, real = teacher.net, None
     if c.gan:
         real = RealTokens(c.data, teacher, c.seed)
-        prompts = real.prompts
-    apart = c.gan and hasattr(c, "prompts")           # Di[M]O and GAN have prompts of their own
-    if hasattr(c, "prompts"):
-        prompts = read_prompts(c.prompts)
+    prompts = read_prompts(c.prompts) if c.prompts else None
+    apart = bool(c.gan and c.prompts)                 # the GAN's pairs have prompts of their own
     asked = teacher.conditions(prompts)
-
     plain = SimpleNamespace(**vars(c) | dict(
         schedule="linear", ratio_range=[0.0, 1.0], gan_ratio=[0.0, 1.0]))
     draws = train.draw_step(plain, step, net, len(asked), asked.device, apart)
     draws = {name: t.double() if t.is_floating_point() else t for name, t in draws.items()}
 
-    def start(name, rows=asked):
+    def start(name):
         parts = ("which", "tokens", "scores", "u", "noise")
         start = SimpleNamespace(**{part: draws[f"{name}{part}"] for part in parts})
-        start.asked = rows[start.which]
+        start.asked = asked[start.which]
         return start
 
     d = SimpleNamespace(**draws, start=start(""), again=None, pair=None)
+    if prompts:
+        d.prompts = [prompts[i] for i in d.start.which]
     if c.redraw:
         d.again = start("again_")
+    if apart:
+        d.pair = start("pair_")
     if real:
         d.x_real, labels = real.batch(step * c.batch, c.batch)
-        if apart:
-            d.pair = start("pair_")
-        of_the_gan = d.pair or d.start
-        of_the_gan.which, of_the_gan.asked = labels, real.conditions[labels]
-        if d.again:
-            d.again.asked = of_the_gan.asked
-    if prompts:
-        d.prompts = [prompts[i] for i in d.start.which.tolist()]
+        for start in [d.pair] if apart else [d.start, d.again]:
+            if start:
+                start.asked = real.conditions[labels]
     draw_noise(d, c, step, net, apart)
     return d
 
 
 def draw_noise(d, c, step, net, apart):
-    """Noise for the estimators (as uniforms) and on features: a generator for each image."""
-    def generators(apart):
-        seeds = [np.random.SeedSequence((c.seed, step, place, apart)) for place in range(c.batch)]
+    """Noise of the estimators, as uniforms, and on features, in the order of Algorithm 1.
+
+    Each image has a generator of its own.
+    """
+    def generators(pair):
+        seeds = [np.random.SeedSequence((c.seed, step, place, pair)) for place in range(c.batch)]
         return [torch.Generator().manual_seed(s.generate_state(1, np.uint64).item()) for s in seeds]
 
     def uniforms(generators):
-        if c.estimator == "soft":
-            return None
-        shape = d.start.tokens.shape[1:]
-        z = net.V + 1 if c.teacher.startswith("maskgit") else net.V
-        return train.draw_each(generators, (*shape, z), torch.rand).double()
+        if c.estimator != "soft":
+            entries = net.V + (c.teacher == "maskgit-tiny")
+            return train.draw_each(generators, (net.L, net.G, entries), torch.rand).double()
 
     def on_features(generators):
         if c.feature_noise == 0:
             return torch.zeros(c.heads, len(generators), 1, 1)
-        L = math.prod(net.feature_grid or (net.L,))
-        noise = [train.draw_each(generators, (L, net.width)) for _ in range(c.heads)]
+        N = math.prod(net.feature_grid or (net.L,))
+        noise = [train.draw_each(generators, (N, net.width)) for _ in range(c.heads)]
         return torch.stack(noise).double()                            # (heads, B, N, width)
 
     own = generators(False)
     of_the_gan = generators(True) if apart else own
-    on = train.terms_of_the_loss(c, step)
-    if "gan" in on:
+    if step >= max(c.student_start, c.gan_start) and c.gan:
         d.gumbel_gan = uniforms(of_the_gan)
         d.noise_gan = on_features(of_the_gan)
-    if "reward" in on:
+    if step >= max(c.student_start, c.reward_start) and c.reward:
         d.gumbel_reward = uniforms(own)
     if c.gan:
         d.gumbel_disc = uniforms(of_the_gan)
@@ -269,8 +265,8 @@ def agree(ckpt, log, ref):
     assert [row.keys() - {"skipped"} for row in log] == [row.keys() for row in ref.log]
     for theirs, ours in zip(log, ref.log):
         for key, value in ours.items():
-            rounding = 1e-4 if key in ("clip", "loss_reward") else 1e-6           # 100 cosines
-            assert theirs[key] == pytest.approx(value, rel=2e-5, abs=rounding), (key, ours["step"])
+            rounding = 1e-4 if key in ("clip", "loss_reward") else 1e-6         # of 100 cosines
+            assert theirs[key] == pytest.approx(value, rel=3e-5, abs=rounding), (key, ours["step"])
 
 
 def moments(optimizer, kind):
