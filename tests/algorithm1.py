@@ -66,8 +66,9 @@ def algorithm1(teacher, theta_0, heads, rewards, draws, c):
             D = divergence(z_phi, z_psi.requires_grad_(), c.beta)                       # (B, L, G)
             w = 1 / t if c.w_t == "inverse" else torch.ones_like(t)
             row["loss_dimo"] = (w * (D * mask).sum((1, 2))).mean()                         # l. 11
-            g, = grad(row["loss_dimo"], z_psi)                 # Eq. (2): as if it were one at z
-            terms["dimo"] = c.w_dimo * 0.5 * (z - (z - g).detach()).square().sum(), z
+            g, = grad(row["loss_dimo"], z_psi)                         # Eq. (2): taken at z_psi,
+            surrogate = 0.5 * (z - (z - g).detach()).square().sum()                 # applied at z
+            terms["dimo"] = c.w_dimo * surrogate, z
         if c.gan and c.w_gan and learns and step >= c.gan_start:
             mask_gan = lowest(d.scores_gan, between(c.gan_ratio, d.ratio_gan), least=0)
             e = soft(probabilities(z_gan, c, d.gumbel_gan), E, bias, mask_gan)             # l. 12
@@ -103,7 +104,7 @@ def algorithm1(teacher, theta_0, heads, rewards, draws, c):
                     z_data, cond = generate(d.again), d.again.cond
                 x, margin = draw(z_data, d.again.u)
                 margins.append(margin)
-            if not (c.share_passes and "dimo" in terms):
+            if not (c.share_passes and "dimo" in terms):              # else the mask of Eq. (2)
                 t = SCHEDULES[c.schedule](d.ratio_aux).clamp(*c.ratio_range)
                 mask = lowest(d.scores_aux, t)                                             # l. 20
             log_p = psi(embed(x.masked_fill(mask, V), E, bias), cond).log_softmax(-1)
@@ -117,7 +118,7 @@ def algorithm1(teacher, theta_0, heads, rewards, draws, c):
 
         # --- Update the discriminator eta
         if c.gan:
-            if not (c.share_passes and "gan" in terms):
+            if not (c.share_passes and "gan" in terms):           # else mask and fakes of Eq. (8)
                 mask_gan = lowest(d.scores_disc, between(c.gan_ratio, d.ratio_disc), least=0)
                 e = soft(probabilities(z_gan.detach(), c, d.gumbel_disc), E, bias, mask_gan)
                 fake = phi(e, cond_gan, eta.layers)                                        # l. 23
