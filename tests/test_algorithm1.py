@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import train
 from data.prompts import read_prompts
 from data.tokens import RealTokens
-from gan import Discriminator, head_layers
+from gan import Discriminator
 from machinery.files import read_tensors
 from networks.weights import load_state
 from reward import rewards_for
@@ -140,7 +140,7 @@ def reference(settings):
         load_state(theta_0, read_tensors(c.init_from), c.init_from)
     if c.gan:
         torch.manual_seed(c.seed)
-        layers = head_layers(net.depth, c.heads)
+        layers = [net.depth * (i + 1) // c.heads - 1 for i in range(c.heads)]    # to the last
         heads = Discriminator(net.width, layers, c.head_width, c.head_mlp, net.feature_grid)
     if c.reward:
         rewards = rewards_for(teacher.spec, c.rewards)
