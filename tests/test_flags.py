@@ -9,6 +9,7 @@ what they do instead, in tests that PROVED_BY names. A new flag fails until it h
 
 import hashlib
 import collections
+import functools
 import json
 
 import numpy as np
@@ -92,8 +93,8 @@ def files(tmp_path_factory):
         lines = [f"a red ring, {i}", f"two blue crosses, {i}", f"a cat, {i}"]
         (folder / f"prompts{i}.txt").write_text("\n".join(lines))
         write_lines(folder / f"geneval{i}.jsonl", SHAPES[:i])
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"ardingx"[::3 - 2 * i]]
-        words += [f"##{c}" for c in "ardingx"[::2 * i - 3]]
+        letters = {1: "ardingx", 2: "xgnidra"}[i]
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)]
         words += [f"word{k}" for k in range(198 - len(words))]
         (folder / f"vocab{i}.txt").write_text("\n".join(words))
         for name in ("maskgit-tiny", "maskgen-tiny"):
@@ -122,10 +123,10 @@ def small_judges(monkeypatch):
         monkeypatch.setattr(benchmarks, name, benchmarks.TINY_CLIP)
     configs = dict.fromkeys(reward.RENO, CLIP) | {"imagereward": dict(BLIP, vocab=200)}
     real = reward.rewards_for
-    monkeypatch.setattr(tteo, "rewards_for", lambda *args, **how: real(*args, configs=configs, **how))
+    monkeypatch.setattr(tteo, "rewards_for", functools.partial(real, configs=configs))
 
 
-# --------------------------------------------------------------------------- what a command comes to
+# ------------------------------------------------------------------------- what a command comes to
 MEASURED = ("n", "fid", "is_adm", "recall", "psnr", "clip_score", "single_object")
 
 
@@ -269,7 +270,8 @@ EVALUATE = [
 TTEO = ("--teacher maskgen-tiny --random_weights --prompt ring --rewards hps --starts 2 "
         "--iterations 3 --lr 20")
 ALL_FOUR = "--teacher maskgen-tiny --random_weights --prompt ring --starts 1 --iterations 2"
-TTEO_FILES = f"--teacher maskgen-tiny --prompt ring --rewards hps --hps_weights FILES/hps1.pt {LOCAL}"
+TTEO_FILES = ("--teacher maskgen-tiny --prompt ring --rewards hps --hps_weights FILES/hps1.pt "
+              f"{LOCAL}")
 WAYS = "--teacher maskgen-tiny --random_weights --rewards hps --starts 1 --iterations 1 --best_of 1"
 WAYS_CLIP = f"{WAYS} --metrics clip --metadata FILES/prompts1.txt"
 WAYS_GENEVAL = f"{WAYS} --metrics geneval --metadata FILES/geneval2.jsonl"
@@ -365,6 +367,11 @@ def test_two_equal_commands_end_equally(files, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------- flags of another kind
+def test_without_steps_the_teacher_is_not_drawn_beside_a_student(files, tmp_path, capsys):
+    flags = STUDENT.replace("FILES", str(files)).split()
+    assert len(outcome("evaluate.py", tmp_path, flags, capsys)["measured"]) == 1
+
+
 def test_results_are_where_out_says(files, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for script, both in (("evaluate.py", f"{TEACHER} --save_images"), ("tteo.py", TTEO)):

@@ -41,7 +41,7 @@ def wait_for(condition, running, seconds=90):
 
 
 def some_steps_and_a_moment(log, draw, running):
-    """Wait until a log has a few more lines, and then a part of a step: most steps are still to come."""
+    """Wait until a log has a few more lines, then a part of a step: most steps are yet to come."""
     enough = lines_in(log) + draw.integers(1, 6)
     wait_for(lambda: lines_in(log) >= enough, running)
     time.sleep(draw.uniform(0, 0.1))

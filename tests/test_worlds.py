@@ -214,13 +214,13 @@ def test_a_judge_of_two_captions_and_of_two_pictures_learns_by_imagerewards_loss
 # =============================================================================== what was learned
 def test_the_shipped_imagereward_prefers_the_right_caption_and_the_sound_picture():
     torch.manual_seed(0)
-    right = measure_shapes.reward_accuracy(400, seed=21)["imagereward"]
+    right = measure_shapes.reward_accuracy(150, seed=21)["imagereward"]
     assert min(right["color"], right["shape"], right["number"]) > 0.9
     assert min(right["order"], right["place"]) > 0.75
     assert right["touching"] > 0.6        # a third of them are right all the same
     assert 0.3 < right["taste"] < 0.7
 
-    img, prompts, _ = shapes.scenes(200, seed=21)
+    img, prompts, _ = shapes.scenes(100, seed=21)
     tokenizer = teachers.load_teacher("meissonic-tiny").tokenizer
     judge = reward.rewards_for(make_shapes.SPEC, {"imagereward": 1.0})
     x = tokenizer.encode(img.float() / 255)
@@ -270,4 +270,5 @@ def test_shipped_weights_are_float16_and_a_record_beside_them_says_how_they_were
     assert torch.equal(model.weight, weight)       # the module itself stays as it was
     assert torch.equal(read_weights(path)["weight"], weight.half())
     record = json.loads((tmp_path / "net.json").read_text())
-    assert record == dict(steps=7, seed=1, parameters=8, seconds=5, psnr=30.0)
+    assert 5 <= record.pop("seconds") < 300
+    assert record == dict(steps=7, seed=1, parameters=8, psnr=30.0)
