@@ -170,7 +170,8 @@ def test_hps_of_tteo_is_scored_in_a_folder_for_each_way(monkeypatch, tmp_path):
         lines = [f"{style} number {i}" for i in range(10)]
         (tmp_path / f"{style}.json").write_text(json.dumps(lines))
     assert run_script(monkeypatch, *METRICS, "--metrics", "hps", "--metadata", tmp_path,
-                      "--batch", 40, "--out", tmp_path / "out", load=reward.rewards_for) == 0
+                      "--rewards", "clip", "--batch", 40, "--out", tmp_path / "out",
+                      load=reward.rewards_for) == 0
     rows = rows_in(tmp_path / "out", "hps.png")
     assert len({row["hps"] for row in rows}) == len({row["folder"] for row in rows}) == 3
     for row in rows:
