@@ -110,6 +110,7 @@ def compare(args, teacher, draw, facts, config, prompts, judge, batch, task="tte
     def seconds_of(starts, iterations):
         return draw(prompts[:batch], starts, iterations).seconds
 
+    shown = min(len(prompts), 20 if teacher.spec.image[1] < 100 else 4)
     N, k = args.starts, args.iterations
     ways = [("1 start", "student", 1, 1), (f"TTEO, {N} starts x {k}", f"TTEO-{N}x{k}", N, k)]
     for n in args.best_of or [starts_in_the_same_time(N, k, seconds_of)]:
@@ -125,9 +126,9 @@ def compare(args, teacher, draw, facts, config, prompts, judge, batch, task="tte
         rows.append(row)
         if is_main():                                 # at once: a later crash must not cost it
             append_rows(f"{args.out}/results.jsonl", [row | environment(args.device)])
-        strips.append((name, fixed_sample(make, asked, min(20, len(prompts)), args.seed)))
+        strips.append((name, fixed_sample(make, asked, shown, args.seed)))
     if is_main():
-        sheet(strips, f"{args.out}/{task}.png", words=spread(prompts, len(strips[0][1])))
+        sheet(strips, f"{args.out}/{task}.png", words=spread(prompts, shown))
         print(table(rows))
 
 
