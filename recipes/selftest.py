@@ -13,6 +13,7 @@ import functools
 import gc
 import io
 import os
+import shutil
 import tempfile
 from collections import Counter
 from types import SimpleNamespace
@@ -105,7 +106,7 @@ def distance(one, two):
 
 
 def survival(algorithm, settings, folder):
-    """Rows: how far a resumed run, and one in a process group, end from an undisturbed one.
+    """Rows: how far a resumed run, and one resumed in a process group, end from an undisturbed one.
 
     To the bit; or, where a repeated run differs (a GPU's sums may come in any order), about as far.
     """
@@ -115,9 +116,11 @@ def survival(algorithm, settings, folder):
 
     whole = trained("whole")
     trained("cut", steps=2)
-    others = {"a resumed run": trained("cut", overwrite=False, resume=True)}
+    shutil.copytree(f"{folder}/cut", f"{folder}/group")
+    resumed = dict(overwrite=False, resume=True)
+    others = {"a resumed run": trained("cut", **resumed)}
     with group_of_one(settings["device"]) as backend:
-        others[f"a process group of one by {backend}"] = trained("group", zero=True)
+        others[f"resumed by --zero under {backend}"] = trained("group", zero=True, **resumed)
     apart = {name: distance(whole, other) for name, other in others.items()}
     limit = 0.0
     if any(apart.values()):
