@@ -2,10 +2,10 @@
 
     python train.py --selftest                         # --out, --device and --compile are heard
 
-First what must agree: gradients in bf16 and compiled with those in float32 and eager, a resumed run
-with an undisturbed one, a process group of one (NCCL on a GPU) with none. Then one table of times.
-Every row is appended to OUT/selftest.jsonl; where something does not agree, the exit code is 2. On a
-CPU all of it runs at tiny size.
+First what must agree: gradients in bf16 and compiled with those in float32 and eager; a resumed
+run, also in a process group of one (NCCL on a GPU), with an undisturbed one. Then one table of
+times. Rows are appended to OUT/selftest.jsonl; where something does not agree, the exit code is 2.
+On a CPU all of it runs at tiny size.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ SMALL = dict(steps=4, batch=8, eval_every=0, save_every=2, log_every=4, lr_end=1
 TINY = {
     "maskbit-tiny": SMALL | dict(teacher="maskbit-tiny", gan=True, feature_noise=0.0),
     "meissonic-tiny": SMALL | dict(teacher="meissonic-tiny", reward=True, checkpointing=True)}
-# Random weights and tokens, as with --profile; the batch is that of the table of times, so that what
-# is compiled here is found again there.
+# Random weights and tokens, as with --profile. The batch is that of the table of times: what is
+# compiled here is found again there.
 FULL = SMALL | dict(teacher="maskbit", gan=True, batch=64, profile=1)
 LARGE = 60e9                                          # bytes of a GPU on which that fits
 
@@ -46,10 +46,10 @@ def flat(params):
 
 
 def gradients(algorithm, c, like=None):
-    """What each stage of a step gives, from the logits and tokens of the run `like`, if there is one.
+    """What each stage of a step gives, from the logits and tokens of the run `like`, if given.
 
-    The auxiliary has moved a tenth away from the teacher. Where it has not, the two differ by little
-    more than bf16.
+    The auxiliary has moved a tenth away from the teacher: at the start of a run the two differ by
+    little more than bf16.
     """
     run = algorithm.set_up(c)
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def cosine(a, b):
 
 
 def agreement(algorithm, settings, ways):
-    """Rows: the cosine of every stage with that in float32, eager, for each (dtype, compiled) of ways."""
+    """Rows: the cosine of every stage with that in float32, eager; ways: (dtype, compiled), ..."""
     exact = gradients(algorithm, settle(settings | dict(dtype="fp32", compile=False)))
     rows = []
     for dtype, compiled in ways:
@@ -159,7 +159,7 @@ def sampling_speed(teacher, name, n, steps, device):
 
 
 def speed(algorithm, device, usual):
-    """Rows of the table of times: training and sampling, at full size on a GPU; the largest last."""
+    """Rows of the table of times: training and sampling, on a GPU at full size; largest last."""
     maskbit, meissonic, batch, few, steps = "maskbit", "meissonic", 64, 4, (64, 256)
     if device == "cpu":
         maskbit, meissonic, batch, few, steps = "maskbit-tiny", "meissonic-tiny", 8, 2, (4, 8)
@@ -225,7 +225,7 @@ def verdict(rows):
 
 
 def selftest(algorithm, given, defaults):
-    """Print and keep all rows. algorithm: train.py, which imports this file, and not the reverse."""
+    """Print and keep all rows. algorithm: train.py as a module; it imports this file."""
     c = SimpleNamespace(**(defaults | given))
     unheard = given.keys() - {"selftest", "out", "device", "compile"}
     if unheard:
