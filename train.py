@@ -467,9 +467,8 @@ def save(run, step):
     c = run.c
     if c.profile or not due(step, c.save_every, c.steps):
         return
-    if c.zero and world_size() > 1:
-        for net in run.trained.values():
-            net.optimizer.consolidate_state_dict()    # every process sends its share to the first
+    # with --zero every process sends its part to the first
+    optimizers = {name: net.optimizer.state_dict() for name, net in run.trained.items()}
     if not is_main():
         return
     state = dict(
@@ -479,9 +478,8 @@ def save(run, step):
         skipped=int(run.skipped),
         config=vars(c),
         ema=run.ema.state_dict(),
-        optimizers={})
+        optimizers=optimizers)
     for name, net in run.trained.items():
-        state["optimizers"][name] = net.optimizer.state_dict()
         state[name] = net.module.state_dict()
     save_checkpoint(run.ckpt_path, state)
 
