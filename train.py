@@ -35,8 +35,8 @@ from data.tokens import RealTokens, TextFeatures, synthetic_prompts
 from dimo import (aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_loss, gan_grad, head_layers, real_and_fake
-from machinery.checkpoint import (FORMAT, due, logged_evaluations, restarted,
-                                  resumed_settings, save_checkpoint, trim_log)
+from machinery.checkpoint import (FORMAT, Writer, due, logged_evaluations, restarted,
+                                  resumed_settings, trim_log)
 from machinery.errors import UserError, guard
 from machinery.files import local, read_tensors
 from machinery.optim import Trained, ema_update, lr_factor
@@ -405,6 +405,7 @@ def steps(run):
         look(run, 0)
     run.last_log = (first, time.time())
     for step in run.bar:
+        run.writer.check()                            # has the last checkpoint been written?
         with run.profile.step(step) if c.profile else contextlib.nullcontext():
             yield step
     if c.profile and is_main():
@@ -481,7 +482,9 @@ def save(run, step):
         optimizers=optimizers)
     for name, net in run.trained.items():
         state[name] = net.module.state_dict()
-    save_checkpoint(run.ckpt_path, state)
+    run.writer.save(run.ckpt_path, state)             # from a copy, while training goes on
+    if step >= c.steps:
+        run.writer.wait()
 
 
 # ----------------------------------------------------------------------------------------- set-up
@@ -492,6 +495,7 @@ def set_up(c):
     run = SimpleNamespace(c=c, device=device, images=c.batch // world_size())
     run.say = print if is_main() else lambda *words: None
     run.autocast = functools.partial(autocast, c.device, c.dtype == "bf16")
+    run.writer = Writer()
     load_networks(run)
     load_conditions(run)
     if is_main() and c.eval_every:
