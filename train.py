@@ -37,6 +37,7 @@ from dimo import (aux_loss, dimo_grad, exact_mask, guidance_scale, initial_token
 from gan import Discriminator, disc_loss, gan_grad, head_layers, real_and_fake
 from machinery.checkpoint import (FORMAT, Writer, due, logged_evaluations, restarted,
                                   resumed_settings, trim_log)
+from machinery.compiling import compile_in_place
 from machinery.errors import UserError, guard
 from machinery.files import local, read_tensors
 from machinery.optim import Trained, ema_update, lr_factor
@@ -509,11 +510,9 @@ def set_up(c):
                 "add --eval_reference")
     if c.profile:
         run.profile = Profile(device, c.profile)
-    if c.compile:                                     # in place: state-dict keys stay as they are
-        run.net.compile(dynamic=False)                # one graph per shape: there are two or three
+    if c.compile:
+        compile_in_place(run.net, *(net.module for net in run.trained.values()))
     for net in run.trained.values():
-        if c.compile:
-            net.module.compile(dynamic=False)
         net.wrap(device)
     return run
 
