@@ -22,6 +22,7 @@ import copy
 import functools
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from types import SimpleNamespace
@@ -46,6 +47,7 @@ from machinery.processes import (all_reduce, autocast, barrier, is_main, join_pr
 from machinery.profile import Profile, phase
 from machinery.records import append_rows
 from networks.weights import load_state
+from recipes.selftest import selftest
 from recipes.settings import flags, settle
 from reward import reward_grad, rewards_for, weighted
 from soft_embed import (ESTIMATORS, concentration, embed_tokens, gumbel, sample_tokens,
@@ -633,6 +635,9 @@ def count(module):
 def main():
     command = flags(__doc__)
     given = vars(command.parser.parse_args())
+    if given.get("selftest"):
+        selftest(sys.modules[__name__], given, command.defaults)
+        return
     out = given.get("out", command.defaults["out"])
     path = f"{out}/ckpt.pt"
     if restarted(path):
