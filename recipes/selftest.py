@@ -15,7 +15,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import torch
@@ -29,8 +29,10 @@ from teachers import generate_student, generate_teacher, load_teacher
 
 # The least cosine with float32, eager: to rounding, and to that of bf16.
 LEAST = {"fp32": 0.999, "bf16": 0.98}
-SMALL = dict(steps=4, batch=8, eval_every=0, save_every=2, log_every=4, lr_end=1.0,
-             student_start=0, gan_start=0, reward_start=0, optimizer="adam", overwrite=True)
+SMALL = dict(
+    steps=4, batch=8, student_start=0, gan_start=0, reward_start=0,
+    dropout=0.0, optimizer="adam", lr_end=1.0,
+    eval_every=0, save_every=2, log_every=4, overwrite=True)
 TINY = {
     "maskbit-tiny": SMALL | dict(teacher="maskbit-tiny", gan=True, feature_noise=0.0),
     "meissonic-tiny": SMALL | dict(teacher="meissonic-tiny", reward=True, checkpointing=True)}
@@ -57,22 +59,23 @@ def gradients(algorithm, c, like=None):
         for p in run.aux.params:
             p += 0.1 * p.abs().mean() * torch.randn_like(p)
     (batch,) = algorithm.draw_batches(run, 0)
-    z = algorithm.generate(run, batch, learning=True)
+    z = algorithm.generate(run, batch)
+    seen = defaultdict(float)                         # what a log would tell
     stages = {"logits": batch.z - batch.z.mean(-1, keepdim=True)}
     if like:
         batch.z, batch.x = like.z, like.x
-    stages["Di[M]O at the logits"] = algorithm.dimo_term(run, batch)
+    stages["Di[M]O at the logits"] = algorithm.dimo_term(run, batch, seen)
     if c.gan:
-        stages["GAN at the logits"] = algorithm.gan_term(run, batch)
+        stages["GAN at the logits"] = algorithm.gan_term(run, batch, seen)
     if c.reward:
-        stages["reward at the logits"] = algorithm.reward_term(run, batch, {})
+        stages["reward at the logits"] = algorithm.reward_term(run, batch, seen)
     g = like.g if like else sum(stages[term] / stages[term].norm() for term in [*stages][1:])
-    algorithm.backward(run.student, z, g, last=True)
+    algorithm.backward(run, batch, z, {"all": g}, seen)
     stages["student"] = flat(run.student.params)
-    algorithm.aux_term(run, batch)
+    algorithm.aux_term(run, batch, seen)
     stages["auxiliary"] = flat(run.aux.params)
     if c.gan:
-        algorithm.disc_term(run, batch)
+        algorithm.disc_term(run, batch, seen)
         stages["discriminator"] = flat(run.disc.params)
     return SimpleNamespace(stages=stages, z=batch.z, x=batch.x, g=g)
 

@@ -228,8 +228,8 @@ def test_the_selftest_finds_a_cpu_in_order_and_its_profile_adds_up(tmp_path, mon
 
 
 def test_the_selftest_says_which_gradient_is_wrong(tmp_path):
-    def dimo_term(run, batch):
-        g = train.dimo_term(run, batch)
+    def dimo_term(run, batch, seen):
+        g = train.dimo_term(run, batch, seen)
         return -g if run.c.dtype == "bf16" else g
 
     broken = SimpleNamespace(**vars(train) | dict(dimo_term=dimo_term))
