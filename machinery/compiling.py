@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
-# Student, auxiliary and teacher share one code object, so torch counts their graphs together: six in
-# a run of MaskBit with a GAN. Its own limit is eight.
+# Student, auxiliary and teacher share one code object, so torch counts their graphs together: six
+# in a run of MaskBit with a GAN. Its own limit is eight.
 GRAPHS = 64
 
 

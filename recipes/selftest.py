@@ -22,6 +22,7 @@ import torch
 
 from machinery import profile
 from machinery.errors import UserError
+from machinery.flags import check_device
 from machinery.processes import autocast, group_of_one
 from machinery.records import append_rows, environment
 from recipes.settings import settle
@@ -232,7 +233,11 @@ def selftest(algorithm, given, defaults):
     c = SimpleNamespace(**(defaults | given))
     unheard = given.keys() - {"selftest", "out", "device", "compile"}
     if unheard:
-        raise UserError(f"--selftest has settings of its own: leave out --{', --'.join(unheard)}")
+        flags = ", ".join(f"--{name}" for name in sorted(unheard))
+        raise UserError(f"--selftest has settings of its own: leave out {flags}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--selftest looks at one device: start it without torchrun")
+    check_device(c.device)
     os.makedirs(c.out, exist_ok=True)
     path, done, hidden = f"{c.out}/selftest.jsonl", [], io.StringIO()
     where = environment(c.device)

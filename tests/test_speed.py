@@ -239,3 +239,13 @@ def test_the_selftest_says_which_gradient_is_wrong(tmp_path):
     assert failed == ["maskbit-tiny, bf16, eager: Di[M]O at the logits"]
     with pytest.raises(UserError, match="Di.M.O at the logits: not as it should be"):
         selftest.verdict(rows)
+
+
+def test_the_selftest_refuses_what_it_would_not_heed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--selftest", "--teacher", "nano", "--batch", "3"])
+    with pytest.raises(UserError, match="of its own: leave out --batch, --teacher"):
+        train.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--selftest"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one device: start it without torchrun"):
+        train.main()
