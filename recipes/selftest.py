@@ -44,6 +44,13 @@ LARGE = 60e9                                          # bytes of a GPU on which 
 
 
 # ------------------------------------------------------------------------------- what must agree
+def free():
+    """What the last run held goes back: the next has the whole card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def flat(params):
     return torch.cat([p.grad.flatten() for p in params])
 
@@ -92,6 +99,7 @@ def agreement(algorithm, settings, ways):
     rows = []
     for dtype, compiled in ways:
         torch._dynamo.reset()
+        free()
         c = settle(settings | dict(dtype=dtype, compile=compiled))
         other = gradients(algorithm, c, like=exact)
         how = f"{c.teacher}, {dtype}, {'compiled' if compiled else 'eager'}"
@@ -181,13 +189,6 @@ def speed(algorithm, device, usual):
 
 
 # ------------------------------------------------------------------------------------------ a page
-def free():
-    """What the last run held goes back: the next has the whole card."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def line(row):
     if "check" in row:
         value = row.get("cosine", row.get("difference"))
