@@ -494,8 +494,8 @@ def decode_tokens(tokenizer, x, cond=()):
 def to_pixels(teacher, x, cond, start, seconds):
     """Tokens (B, L, G) -> uint8 images (B, C, H, W).
 
-    # choice: decoded in true float32, without TF32, whatever drew the tokens: published metrics read
-    these pixels, and they should not depend on the card.
+    # choice: decoded in true float32, without TF32, whatever drew the tokens: metrics read these
+    pixels, and they should not depend on the card.
 
     seconds, a Counter or None, receives the time of "tokens", since `start`, and of "pixels".
     """

@@ -22,6 +22,7 @@ import copy
 import functools
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from types import SimpleNamespace
@@ -35,8 +36,9 @@ from data.tokens import RealTokens, TextFeatures, synthetic_prompts
 from dimo import (aux_loss, dimo_grad, exact_mask, guidance_scale, initial_tokens, mask_ratio,
                   student_logits)
 from gan import Discriminator, disc_loss, gan_grad, head_layers, real_and_fake
-from machinery.checkpoint import (FORMAT, due, logged_evaluations, restarted,
-                                  resumed_settings, save_checkpoint, trim_log)
+from machinery.checkpoint import (FORMAT, Writer, due, logged_evaluations, restarted,
+                                  resumed_settings, trim_log)
+from machinery.compiling import compile_in_place
 from machinery.errors import UserError, guard
 from machinery.files import local, read_tensors
 from machinery.optim import Trained, ema_update, lr_factor
@@ -45,6 +47,7 @@ from machinery.processes import (all_reduce, autocast, barrier, is_main, join_pr
 from machinery.profile import Profile, phase
 from machinery.records import append_rows
 from networks.weights import load_state
+from recipes.selftest import selftest
 from recipes.settings import flags, settle
 from reward import reward_grad, rewards_for, weighted
 from soft_embed import (ESTIMATORS, concentration, embed_tokens, gumbel, sample_tokens,
@@ -405,6 +408,7 @@ def steps(run):
         look(run, 0)
     run.last_log = (first, time.time())
     for step in run.bar:
+        run.writer.check()                            # has the last checkpoint been written?
         with run.profile.step(step) if c.profile else contextlib.nullcontext():
             yield step
     if c.profile and is_main():
@@ -467,9 +471,8 @@ def save(run, step):
     c = run.c
     if c.profile or not due(step, c.save_every, c.steps):
         return
-    if c.zero and world_size() > 1:
-        for net in run.trained.values():
-            net.optimizer.consolidate_state_dict()    # every process sends its share to the first
+    # with --zero every process sends its part to the first
+    optimizers = {name: net.optimizer.state_dict() for name, net in run.trained.items()}
     if not is_main():
         return
     state = dict(
@@ -479,11 +482,12 @@ def save(run, step):
         skipped=int(run.skipped),
         config=vars(c),
         ema=run.ema.state_dict(),
-        optimizers={})
+        optimizers=optimizers)
     for name, net in run.trained.items():
-        state["optimizers"][name] = net.optimizer.state_dict()
         state[name] = net.module.state_dict()
-    save_checkpoint(run.ckpt_path, state)
+    run.writer.save(run.ckpt_path, state)             # from a copy, while training goes on
+    if step >= c.steps:
+        run.writer.wait()
 
 
 # ----------------------------------------------------------------------------------------- set-up
@@ -494,6 +498,7 @@ def set_up(c):
     run = SimpleNamespace(c=c, device=device, images=c.batch // world_size())
     run.say = print if is_main() else lambda *words: None
     run.autocast = functools.partial(autocast, c.device, c.dtype == "bf16")
+    run.writer = Writer()
     load_networks(run)
     load_conditions(run)
     if is_main() and c.eval_every:
@@ -507,11 +512,9 @@ def set_up(c):
                 "add --eval_reference")
     if c.profile:
         run.profile = Profile(device, c.profile)
-    if c.compile:                                     # in place: state-dict keys stay as they are
-        run.net.compile(dynamic=False)                # one graph per shape: there are two or three
+    if c.compile:
+        compile_in_place(run.net, *(net.module for net in run.trained.values()))
     for net in run.trained.values():
-        if c.compile:
-            net.module.compile(dynamic=False)
         net.wrap(device)
     return run
 
@@ -632,6 +635,9 @@ def count(module):
 def main():
     command = flags(__doc__)
     given = vars(command.parser.parse_args())
+    if given.get("selftest"):
+        selftest(sys.modules[__name__], given, command.defaults)
+        return
     out = given.get("out", command.defaults["out"])
     path = f"{out}/ckpt.pt"
     if restarted(path):

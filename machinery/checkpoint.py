@@ -37,7 +37,7 @@ def save_checkpoint(path, state):
 
 
 def on_host(value):
-    """A copy of nested dicts and lists whose tensors are on the host: from a GPU, in pinned memory."""
+    """A copy of nested dicts and lists, tensors on the host; those of a GPU in pinned memory."""
     if isinstance(value, dict):
         return {key: on_host(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -84,8 +84,8 @@ class Sharded:
     """ZeRO, stage 1: each process has the state of some tensors and updates these; then it sends
     them to the others.
 
-    make: Adam or AdamW. To send, the tensors of a process are copied into one: as much memory as the
-    network, when no activations are alive.
+    make: Adam or AdamW. To send, the tensors of a process are copied into one. That takes as much
+    memory as the network, when no activations are alive.
     """
 
     found_inf = None

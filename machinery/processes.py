@@ -45,7 +45,7 @@ def join_processes(kind):
 
 @contextlib.contextmanager
 def group_of_one(kind):
-    """A process group of this process alone, with all that several would have; its backend's name."""
+    """A process group of this process alone, as several would have it; the backend's name."""
     backend = "nccl" if kind == "cuda" else "gloo"
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else None
     dist.init_process_group(
@@ -87,7 +87,7 @@ def all_reduce(t):
 
 
 def broadcast(t, source):
-    """Overwrite t by that of process `source`, once what it returns has waited; all must call it."""
+    """Overwrite t by that of process `source`, once the result has waited; all must call it."""
     return dist.broadcast(t, source, async_op=True)
 
 

@@ -2,10 +2,10 @@
 
     python train.py --selftest                         # --out, --device and --compile are heard
 
-First what must agree: gradients in bf16 and compiled with those in float32 and eager, a resumed run
-with an undisturbed one, a process group of one (NCCL on a GPU) with none. Then one table of times.
-Every row is appended to OUT/selftest.jsonl; where something does not agree, the exit code is 2. On a
-CPU all of it runs at tiny size.
+First what must agree: gradients in bf16 and compiled with those in float32 and eager; a resumed
+run, also in a process group of one (NCCL on a GPU), with an undisturbed one. Then one table of
+times. Rows are appended to OUT/selftest.jsonl; where something does not agree, the exit code is 2.
+On a CPU all of it runs at tiny size.
 """
 
 import contextlib
@@ -13,14 +13,16 @@ import functools
 import gc
 import io
 import os
+import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import torch
 
 from machinery import profile
 from machinery.errors import UserError
+from machinery.flags import check_device
 from machinery.processes import autocast, group_of_one
 from machinery.records import append_rows, environment
 from recipes.settings import settle
@@ -28,27 +30,36 @@ from teachers import generate_student, generate_teacher, load_teacher
 
 # The least cosine with float32, eager: to rounding, and to that of bf16.
 LEAST = {"fp32": 0.999, "bf16": 0.98}
-SMALL = dict(steps=4, batch=8, eval_every=0, save_every=2, log_every=4, lr_end=1.0,
-             student_start=0, gan_start=0, reward_start=0, optimizer="adam", overwrite=True)
+SMALL = dict(
+    steps=4, batch=8, student_start=0, gan_start=0, reward_start=0,
+    dropout=0.0, optimizer="adam", lr_end=1.0,
+    eval_every=0, save_every=2, log_every=4, overwrite=True)
 TINY = {
     "maskbit-tiny": SMALL | dict(teacher="maskbit-tiny", gan=True, feature_noise=0.0),
     "meissonic-tiny": SMALL | dict(teacher="meissonic-tiny", reward=True, checkpointing=True)}
-# Random weights and tokens, as with --profile; the batch is that of the table of times, so that what
-# is compiled here is found again there.
+# Random weights and tokens, as with --profile. The batch is that of the table of times: what is
+# compiled here is found again there.
 FULL = SMALL | dict(teacher="maskbit", gan=True, batch=64, profile=1)
 LARGE = 60e9                                          # bytes of a GPU on which that fits
 
 
 # ------------------------------------------------------------------------------- what must agree
+def free():
+    """What the last run held goes back: the next has the whole card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def flat(params):
     return torch.cat([p.grad.flatten() for p in params])
 
 
 def gradients(algorithm, c, like=None):
-    """What each stage of a step gives, from the logits and tokens of the run `like`, if there is one.
+    """What each stage of a step gives, from the logits and tokens of the run `like`, if given.
 
-    The auxiliary has moved a tenth away from the teacher. Where it has not, the two differ by little
-    more than bf16.
+    The auxiliary has moved a tenth away from the teacher: at the start of a run the two differ by
+    little more than bf16.
     """
     run = algorithm.set_up(c)
     torch.manual_seed(0)
@@ -56,22 +67,23 @@ def gradients(algorithm, c, like=None):
         for p in run.aux.params:
             p += 0.1 * p.abs().mean() * torch.randn_like(p)
     (batch,) = algorithm.draw_batches(run, 0)
-    z = algorithm.generate(run, batch, learning=True)
+    z = algorithm.generate(run, batch)
+    seen = defaultdict(float)                         # what a log would tell
     stages = {"logits": batch.z - batch.z.mean(-1, keepdim=True)}
     if like:
         batch.z, batch.x = like.z, like.x
-    stages["Di[M]O at the logits"] = algorithm.dimo_term(run, batch)
+    stages["Di[M]O at the logits"] = algorithm.dimo_term(run, batch, seen)
     if c.gan:
-        stages["GAN at the logits"] = algorithm.gan_term(run, batch)
+        stages["GAN at the logits"] = algorithm.gan_term(run, batch, seen)
     if c.reward:
-        stages["reward at the logits"] = algorithm.reward_term(run, batch, {})
+        stages["reward at the logits"] = algorithm.reward_term(run, batch, seen)
     g = like.g if like else sum(stages[term] / stages[term].norm() for term in [*stages][1:])
-    algorithm.backward(run.student, z, g, last=True)
+    algorithm.backward(run, batch, z, {"all": g}, seen)
     stages["student"] = flat(run.student.params)
-    algorithm.aux_term(run, batch)
+    algorithm.aux_term(run, batch, seen)
     stages["auxiliary"] = flat(run.aux.params)
     if c.gan:
-        algorithm.disc_term(run, batch)
+        algorithm.disc_term(run, batch, seen)
         stages["discriminator"] = flat(run.disc.params)
     return SimpleNamespace(stages=stages, z=batch.z, x=batch.x, g=g)
 
@@ -82,11 +94,12 @@ def cosine(a, b):
 
 
 def agreement(algorithm, settings, ways):
-    """Rows: the cosine of every stage with that in float32, eager, for each (dtype, compiled) of ways."""
+    """Rows: the cosine of every stage with that in float32, eager; ways: (dtype, compiled), ..."""
     exact = gradients(algorithm, settle(settings | dict(dtype="fp32", compile=False)))
     rows = []
     for dtype, compiled in ways:
         torch._dynamo.reset()
+        free()
         c = settle(settings | dict(dtype=dtype, compile=compiled))
         other = gradients(algorithm, c, like=exact)
         how = f"{c.teacher}, {dtype}, {'compiled' if compiled else 'eager'}"
@@ -105,7 +118,7 @@ def distance(one, two):
 
 
 def survival(algorithm, settings, folder):
-    """Rows: how far a resumed run, and one in a process group, end from an undisturbed one.
+    """Rows: how far a resumed run, and one resumed in a process group, end from an undisturbed one.
 
     To the bit; or, where a repeated run differs (a GPU's sums may come in any order), about as far.
     """
@@ -115,9 +128,11 @@ def survival(algorithm, settings, folder):
 
     whole = trained("whole")
     trained("cut", steps=2)
-    others = {"a resumed run": trained("cut", overwrite=False, resume=True)}
+    shutil.copytree(f"{folder}/cut", f"{folder}/group")
+    resumed = dict(overwrite=False, resume=True)
+    others = {"a resumed run": trained("cut", **resumed)}
     with group_of_one(settings["device"]) as backend:
-        others[f"a process group of one by {backend}"] = trained("group", zero=True)
+        others[f"resumed by --zero under {backend}"] = trained("group", zero=True, **resumed)
     apart = {name: distance(whole, other) for name, other in others.items()}
     limit = 0.0
     if any(apart.values()):
@@ -156,7 +171,7 @@ def sampling_speed(teacher, name, n, steps, device):
 
 
 def speed(algorithm, device, usual):
-    """Rows of the table of times: training and sampling, at full size on a GPU; the largest last."""
+    """Rows of the table of times: training and sampling, on a GPU at full size; largest last."""
     maskbit, meissonic, batch, few, steps = "maskbit", "meissonic", 64, 4, (64, 256)
     if device == "cpu":
         maskbit, meissonic, batch, few, steps = "maskbit-tiny", "meissonic-tiny", 8, 2, (4, 8)
@@ -174,13 +189,6 @@ def speed(algorithm, device, usual):
 
 
 # ------------------------------------------------------------------------------------------ a page
-def free():
-    """What the last run held goes back: the next has the whole card."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def line(row):
     if "check" in row:
         value = row.get("cosine", row.get("difference"))
@@ -222,11 +230,15 @@ def verdict(rows):
 
 
 def selftest(algorithm, given, defaults):
-    """Print and keep all rows. algorithm: train.py, which imports this file, and not the reverse."""
+    """Print and keep all rows. algorithm: train.py as a module; it imports this file."""
     c = SimpleNamespace(**(defaults | given))
     unheard = given.keys() - {"selftest", "out", "device", "compile"}
     if unheard:
-        raise UserError(f"--selftest has settings of its own: leave out --{', --'.join(unheard)}")
+        flags = ", ".join(f"--{name}" for name in sorted(unheard))
+        raise UserError(f"--selftest has settings of its own: leave out {flags}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--selftest looks at one device: start it without torchrun")
+    check_device(c.device)
     os.makedirs(c.out, exist_ok=True)
     path, done, hidden = f"{c.out}/selftest.jsonl", [], io.StringIO()
     where = environment(c.device)

@@ -157,6 +157,9 @@ def flags(description=None):
     add("profile", 0, nonnegative_int,
         "time N steps on random weights and tokens, print where the time goes, write nothing",
         metavar="N")
+    add("selftest", False, bool,
+        "instead of a run: does everything agree on this machine, and how fast is it? Heard with "
+        "it: --out, --device, --compile")
     add("checkpointing", False, bool,
         "recompute activations in the backward pass: less memory, more time")
     return f

@@ -7,14 +7,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reward
+import train
 from data import tokens
+from machinery.checkpoint import Writer
 from machinery.optim import Sharded
 from machinery.processes import send
 from networks import blocks, clip
 from networks.text import TextTower
+from recipes import selftest
+from recipes.settings import settle
 from soft_embed import soft_embed
 from teachers import SPECS, generate_student, load_teacher
 from tests.common import BLIP, CLIP
+from tests.runs import finished
+from tests.test_speed import REWARD
 
 
 # ------------------------------------------------------------------------- fake tensors: no GPU
@@ -97,3 +103,68 @@ def test_pixels_and_tokens_are_made_without_tf32_and_without_bf16():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert seen == [("highest", False, False), ("highest", False, False), ("high", True, True)]
+
+
+# ------------------------------------------------------------------------ a GPU: `pytest -m gpu`
+@pytest.fixture
+def on_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU with CUDA here")
+    torch.cuda.synchronize()
+
+
+SETTINGS = selftest.TINY["maskbit-tiny"] | dict(device="cuda", compile=False)
+
+
+@pytest.mark.gpu
+def test_gradients_agree_compiled_and_in_bf16(on_gpu, tmp_path):
+    for settings in selftest.TINY.values():
+        given = settings | dict(device="cuda", out=str(tmp_path))
+        rows = selftest.agreement(train, given, [("bf16", False), ("fp32", True), ("bf16", True)])
+        assert [row for row in rows if not row["ok"]] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_resumes_alone_and_with_sharded_optimizers_under_nccl(dtype, on_gpu, tmp_path):
+    rows = selftest.survival(train, SETTINGS | dict(dtype=dtype), str(tmp_path))
+    assert "nccl" in rows[1]["check"] and [row for row in rows if not row["ok"]] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [SETTINGS, REWARD])
+def test_the_host_waits_for_nothing_between_log_lines(given, on_gpu, tmp_path, monkeypatch):
+    """torch raises where a step of the loop would synchronize, from the second step on."""
+    true = train.draw_batches
+
+    def draw_batches(run, step):
+        torch.cuda.set_sync_debug_mode("error" if 1 <= step < 3 else "default")
+        return true(run, step)
+
+    monkeypatch.setattr(train, "draw_batches", draw_batches)
+    given = given | dict(steps=4, log_every=4, save_every=4, device="cuda", compile=False,
+                         out=f"{tmp_path}/out")
+    try:
+        finished(settle(given))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_is_copied_before_training_goes_on(on_gpu, tmp_path):
+    weights, writer = torch.zeros(2**26, device="cuda"), Writer()
+    for step in range(3):
+        weights.fill_(step)
+        writer.save(f"{tmp_path}/ckpt.pt", dict(weights=weights))
+        weights.fill_(-1)                             # training goes on
+        writer.wait()
+        kept = torch.load(f"{tmp_path}/ckpt.pt", weights_only=True)["weights"]
+        assert kept.device.type == "cpu" and (kept == step).all()
+
+
+@pytest.mark.gpu
+def test_a_step_at_full_size_fits_and_its_peak_is_measured(on_gpu, tmp_path):
+    given = dict(teacher="maskbit", gan=True, batch=8, profile=2, device="cuda", dtype="bf16",
+                 compile=False, out=str(tmp_path))
+    row = selftest.training_speed(train, given, "MaskBit")
+    assert 4 < row["peak_gb"] < torch.cuda.mem_get_info()[1] / 1e9

@@ -1,6 +1,7 @@
 """Memory of a training step, counted at full size without a GPU: fake tensors hold no data."""
 
 import functools
+import math
 import weakref
 
 import torch
@@ -11,7 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 import dimo
 import soft_embed as se
+from machinery.optim import Sharded, balanced, update
+from machinery.processes import group_of_one
 from teachers import SPECS
+from tests.runs import same
 
 
 class LiveBytes(TorchDispatchMode):
@@ -110,3 +114,24 @@ def test_memory_of_a_meissonic_step_at_1024_pixels_counts_well_below_80_gb():
     assert 30e9 < rest < 32e9
     assert checkpointed < 41e9 < plain < 60e9
     assert decoder < 11e9
+
+
+def test_a_sharded_optimizer_skips_what_is_not_finite_and_has_the_state_dict_of_the_whole_one():
+    def trained(make):
+        params = [nn.Parameter(torch.ones(n)) for n in (2, 5, 3)]
+        optimizer = make(params, lr=0.1, fused=True)
+        for grads in ((1.0, 2.0, None), (math.inf, 1.0, None), (0.5, 1.0, None)):
+            for p, g in zip(params, grads):
+                p.grad = None if g is None else torch.full_like(p, g)
+            update(optimizer, params, clip=1.0, lr=0.1)
+        return params, optimizer.state_dict()
+
+    with group_of_one("cpu"):
+        sharded = trained(functools.partial(Sharded, torch.optim.Adam))
+    assert same(sharded, trained(torch.optim.Adam))
+    assert sharded[1]["state"][0]["step"] == 2 and 2 not in sharded[1]["state"]
+
+
+def test_shares_of_tensors_are_balanced():
+    assert balanced([1, 7, 2, 4, 1], 2) == [1, 0, 1, 1, 0]
+    assert balanced([3, 3], 4) == [0, 1]

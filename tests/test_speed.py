@@ -1,5 +1,6 @@
 """Speed: nothing waits, nothing breaks a graph, a profile adds up, and a student leaves as one file."""
 
+import contextlib
 import functools
 import json
 import os
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._functorch.config
-import torch.distributed as dist
 import torch.nn as nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ import train
 from machinery import compiling, optim, profile
 from machinery.errors import UserError
 from machinery.files import ROOT
+from machinery.processes import group_of_one
 from networks.blocks import linear32
 from recipes import selftest
 from recipes.settings import settle
@@ -103,17 +104,12 @@ def test_compiled_networks_are_compiled_once_whole_whatever_is_evaluated_and_how
 
     monkeypatch.setattr(nn.Module, "compile", compile_in_place)
     monkeypatch.setattr(optim, "DDP", functools.partial(optim.DDP, bucket_cap_mb=0.001))
-    for alone in (True, False):
+    for group in (contextlib.nullcontext(), group_of_one("cpu")):
         torch._dynamo.reset()
         counter = CompileCounter()
-        if not alone:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
+        with group:
             run(tmp_path, steps=3, eval_every=2, compile=True, overwrite=True, feature_noise=0.1,
                 dtype="bf16")
-        finally:
-            if not alone:
-                dist.destroy_process_group()
         # student; auxiliary in Eq. 2, in Eq. 1; teacher guided, for Eq. 8, for Eq. 7; heads for Eq. 8, 7
         assert counter.frame_count == 8
 
@@ -232,8 +228,8 @@ def test_the_selftest_finds_a_cpu_in_order_and_its_profile_adds_up(tmp_path, mon
 
 
 def test_the_selftest_says_which_gradient_is_wrong(tmp_path):
-    def dimo_term(run, batch):
-        g = train.dimo_term(run, batch)
+    def dimo_term(run, batch, seen):
+        g = train.dimo_term(run, batch, seen)
         return -g if run.c.dtype == "bf16" else g
 
     broken = SimpleNamespace(**vars(train) | dict(dimo_term=dimo_term))
@@ -243,3 +239,13 @@ def test_the_selftest_says_which_gradient_is_wrong(tmp_path):
     assert failed == ["maskbit-tiny, bf16, eager: Di[M]O at the logits"]
     with pytest.raises(UserError, match="Di.M.O at the logits: not as it should be"):
         selftest.verdict(rows)
+
+
+def test_the_selftest_refuses_what_it_would_not_heed(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--selftest", "--teacher", "nano", "--batch", "3"])
+    with pytest.raises(UserError, match="of its own: leave out --batch, --teacher"):
+        train.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--selftest"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one device: start it without torchrun"):
+        train.main()

@@ -12,6 +12,7 @@ from operator import itemgetter
 
 from data.tokens import write_lines
 from machinery.checkpoint import due
+from machinery.compiling import eagerly
 from machinery.files import fingerprint, local
 from machinery.pictures import curves, sheet, spread
 from machinery.processes import is_main, world_size
@@ -31,7 +32,7 @@ def one_step(run, net):
 def samples(run, make_images):
     """The pictures of a strip, from starts that are the same at every look."""
     n = 20 if run.teacher.spec.image[1] < 100 else 4
-    with run.autocast():
+    with run.autocast(), eagerly(run.c.compile):
         return fixed_sample(make_images, run.conditions, n=n)
 
 
@@ -189,7 +190,7 @@ def teacher_rows(run, many_steps, N):
     that gave 19.9 to 21.2 images/s.
     """
     c, spec = run.c, run.teacher.spec
-    with run.autocast():
+    with run.autocast(), eagerly(c.compile):
         if not spec.record:
             row = run.judge(many_steps, c.n_eval, desc="the teacher")
             return [dict(row, model="teacher", kind="teacher", steps=N, **spec.settings(N))]
