@@ -34,6 +34,7 @@ import train
 import tteo
 from networks import autoencoders
 from networks import clip as clip_net
+from recipes import set_up
 from recipes.settings import settle
 from teachers import SPECS, MaskBit, load_teacher
 from tests.common import (ASKED, NANO, TINY, TableNet, agrees, close, eq9_inputs, filled, golden,
@@ -1080,7 +1081,7 @@ def two_training_steps(beta):
     """The checkpoint after two steps, and what each step measured."""
     rng = np.random.RandomState(0)
     gradients = []
-    load_networks = train.load_networks
+    load_networks = set_up.load_networks
 
     def draw_step(*args, **kwargs):
         start, ratio, scores_t = random_choices(rng)
@@ -1102,7 +1103,8 @@ def two_training_steps(beta):
                                                    classes=10))
     with (tempfile.TemporaryDirectory() as folder,
           mock.patch.dict(SPECS, {"maskgit-tiny": spec}),
-          mock.patch.multiple(train, load_networks=load_seeded, draw_step=draw_step,
+          mock.patch.object(set_up, "load_networks", load_seeded),
+          mock.patch.multiple(train, draw_step=draw_step,
                               initial_tokens=lambda x_init, *_: x_init,
                               sample_tokens=lambda z, u: u)):
         ckpt = finished(settle(OFFICIAL | dict(beta=beta, out=folder)))

@@ -20,6 +20,7 @@ from data.tokens import RealTokens
 from gan import Discriminator
 from machinery.files import read_tensors
 from networks.weights import load_state
+from recipes.set_up import load_networks
 from reward import rewards_for
 from teachers import SPECS, load_teacher
 from tests.algorithm1 import algorithm1, in_float64
@@ -314,7 +315,7 @@ def test_seed_and_step_decide_everything_random():
 
 def test_dropout_reaches_student_and_auxiliary(tmp_path):
     run = SimpleNamespace(c=nano_settings(tmp_path, dropout=0.3), device=torch.device("cpu"))
-    train.load_networks(run)
+    load_networks(run)
     for module in (run.student.module, run.aux.module):
         assert module.training and dropouts(module) == {0.3}
     assert not run.net.training and dropouts(run.net) == {0.0}
