@@ -17,8 +17,10 @@ from PIL import Image
 
 import reward
 import tteo
+from machinery import processes
 from machinery.files import ROOT, fingerprint
 from metrics import benchmarks
+from metrics.published import published
 from teachers import load_teacher, to_bytes
 
 TINY = ["--teacher", "maskgen-tiny", "--random_weights"]
@@ -182,7 +184,23 @@ def test_hps_of_tteo_is_scored_in_a_folder_for_each_way(monkeypatch, tmp_path):
         assert len(list((tmp_path / "out" / "hps").glob("*/*/*.jpg"))) == 120
 
 
+def test_the_papers_numbers_stand_beside_its_own_setting_alone_and_each_hps_beside_its_version():
+    row = dict(teacher="maskgen", kind="TTEO-4x4", geneval=0.6, hps=30.0)
+    paper = {"of": "TTEO-4x4", "table": "Tab.3", "geneval": 0.63, "hps": 31.95}
+    assert published(row, {}) == [paper]
+    assert published(row | {"kind": "TTEO-4x2"}, {}) == []
+    assert published(row | {"kind": "best-of-8"}, {}) == []
+    row = {"teacher": "maskgen", "kind": "teacher", "steps": 16, "hps_v2.0": 27.0}
+    assert published(row, {}) == [{"of": "16", "table": "Tab.13", "hps_v2.0": 27.58}]
+
+
 # ------------------------------------------------------------------------------------- sentences
+def test_one_prompt_is_not_drawn_by_several_processes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
+    assert run_script(monkeypatch, *TINY, *PROMPT, "--out", tmp_path) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, words", [
     ([*PROMPT, "--rewards", "taste"], "taste"),
     ([*PROMPT, "--starts", "0"], "--starts: expected a whole number of 1 or more, got 0"),
