@@ -119,7 +119,8 @@ def gan_grad(z, disc, net, cond, mask, E, bias, embed=soft_embed, noisy=unchange
     e = embed(z, E, bias, mask)                                             # (B, L, d)
     features = net(e, cond, disc.layers)
     loss = gen_loss(disc(noisy(features)))                                  # Alg. 1, l. 14
-    (g,) = torch.autograd.grad(loss, z)
+    with torch.autocast(z.device.type, enabled=False):      # or the soft embedding's is in bf16
+        (g,) = torch.autograd.grad(loss, z)
     return g, loss.detach(), [h.detach() for h in features]
 
 

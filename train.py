@@ -339,7 +339,7 @@ def backward(run, batch, z, g, seen):
 def aux_term(run, batch, seen):
     """Adds the gradient of Eq. 1 to the auxiliary's."""
     c, z, x = run.c, batch.z, batch.x
-    with run.autocast(), run.aux.syncing("aux" in batch.last_of):
+    with run.aux.syncing("aux" in batch.last_of):
         if batch.shared:
             # choice: off: Alg. 1 draws a mask of its own here; the same one saves a pass
             z_aux, mask = batch.z_aux, batch.mask
@@ -349,7 +349,8 @@ def aux_term(run, batch, seen):
                 # choice: off: x_theta is used again; the official code draws anew, from new theta
                 z, x = draw_again(run, batch)
             mask = exact_mask(batch.ratio_aux, batch.scores_aux)                            # l. 20
-            z_aux = run.aux.model(embed_masked(run, x, mask), batch.cond)
+            with run.autocast():
+                z_aux = run.aux.model(embed_masked(run, x, mask), batch.cond)
         loss = aux_loss(
             z_aux, x, mask, c.smoothing, batch.aux_units, z_student=z, alpha=c.soft_target)
         loss.backward()                                                           # Eq. (1), l. 21
@@ -375,11 +376,12 @@ def disc_term(run, batch, seen):
         fake, mask = batch.fake, batch.mask_disc      # choice: off, as in `aux_term`
     else:
         mask = exact_mask(batch.ratio_disc, batch.scores_disc, least=0)  # l. 23: for real and fake
-    with run.autocast(), disc.syncing("disc" in batch.last_of):
-        features = real_and_fake(                                                           # l. 24
-            batch.z, batch.x_real, disc.module.layers, run.net, batch.cond, mask,
-            run.E, run.bias, embedder(run, batch), fake)
-        d_real, d_fake = disc.model(add_noise(run, batch, features)).chunk(2)
+    with disc.syncing("disc" in batch.last_of):
+        with run.autocast():
+            features = real_and_fake(                                                       # l. 24
+                batch.z, batch.x_real, disc.module.layers, run.net, batch.cond, mask,
+                run.E, run.bias, embedder(run, batch), fake)
+            d_real, d_fake = disc.model(add_noise(run, batch, features)).chunk(2)
         loss = disc_loss(d_real, d_fake)                                          # Eq. (7), l. 25
         (loss / c.accum).backward()
     seen["loss_disc"] += loss.detach() / c.accum

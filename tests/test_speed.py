@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import teachers
 import train
+from gan import gan_grad
 from machinery import compiling, optim, profile
 from machinery.errors import UserError
 from machinery.files import ROOT
@@ -149,6 +150,34 @@ def test_float32_islands_have_float32_gradients_when_compiled_under_bf16(monkeyp
         gradients.append((net.head.grad, net.E.grad))
     for eager, compiled in zip(*gradients):
         assert (eager - compiled).abs().max() < 1e-5 * eager.abs().max()
+
+
+def test_no_backward_pass_runs_under_autocast(tmp_path, monkeypatch):
+    """There products of float32 islands would be in bf16: in all three updates, and in the GAN's gradient."""
+    seen, wrap = set(), optim.Trained.wrap
+
+    def watched(self, device):
+        for p in self.params:
+            p.register_hook(lambda g: seen.add(torch.is_autocast_enabled("cpu")))
+        wrap(self, device)
+
+    monkeypatch.setattr(optim.Trained, "wrap", watched)
+    run(tmp_path, steps=1, dtype="bf16")
+    assert seen == {False}
+
+    class Disc:
+        layers = (0,)
+
+        def __call__(self, features):
+            return features[0].square().sum((1, 2))
+
+    torch.manual_seed(0)
+    z, E, mask = torch.randn(2, 4, 1, 8), torch.randn(1, 9, 6), torch.zeros(2, 4, 1).bool()
+    asked = z, Disc(), lambda e, *_: [e], (), mask, E, 0.0
+    exact, *_ = gan_grad(*asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        g, *_ = gan_grad(*asked)
+    assert (g - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
 READS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
