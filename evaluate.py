@@ -45,6 +45,7 @@ Rows are appended to OUT/results.jsonl as they come; OUT/table.md, table.json an
 of all models, from the same starts) have what this command did.
 """
 
+import argparse
 import json
 import os
 import re
@@ -406,8 +407,9 @@ def flags():
     add("--out", default="out/evaluate",
         help="folder of results.jsonl (appended), tables and sheet.png (default: %(default)s)")
     add_device(add)
-    add("--bf16", action="store_true",
-        help="networks in bfloat16; decoder and features stay in float32")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="networks in bfloat16 (default: where there is a GPU); decoder and features stay in "
+             "float32")
     return ap
 
 
