@@ -149,7 +149,7 @@ def start(script, *flags, log=os.devnull, **env):
     return process
 
 
-def exit_code(process, seconds=120):
+def exit_code(process, seconds=300):
     """Of a process that ends within this time; None where it goes on."""
     process.join(seconds)
     return process.exitcode
