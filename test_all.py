@@ -597,6 +597,20 @@ def test_discriminator_step_trains_the_heads_alone_and_masks_real_and_fake_alike
     assert all(p.grad is not None for p in disc.parameters())
 
 
+def test_heads_are_normalized_after_each_convolution():
+    """So the size of a convolution's weights is no matter."""
+    torch.manual_seed(0)
+    head = gan.Head(32, 16, grid=4)
+    h = torch.randn(2, 16, 32)
+    expected = head(h)
+    convolutions = [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 2
+    for conv in convolutions:
+        for p in conv.parameters():
+            p.data *= 3
+        assert close(head(h), expected, atol=1e-4)
+
+
 def test_gan_mask_ratio_zero_masks_nothing():
     scores = torch.rand(2, 16, 2)
     assert dimo.exact_mask(0.0, scores, least=0).sum() == 0
