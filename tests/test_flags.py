@@ -141,18 +141,27 @@ def images(folder):
 
 
 def evaluated(folder, flags, capsys):
-    """What evaluate.py measured; the images that it kept; those on its sheet, and their words."""
+    """What evaluate.py measured, and in which batches; the images that it kept; those on its sheet,
+    and their words.
+    """
     args = evaluate.flags().parse_args([*flags, "--device", "cpu", "--out", str(folder)])
-    shown = []
+    shown, batches = [], []
+    seen_by = Small.forward
+
+    def forward(self, img):
+        batches.append(len(img))
+        return seen_by(self, img)
 
     def sheet(strips, path, words=None):
         shown.append([words, *(img.tolist() for _, img in strips)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "sheet", sheet)       # its captions repeat the flags
+        patch.setattr(Small, "forward", forward)
         evaluate.main(args)
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return {"measured": measured(rows), "images": images(folder), "sheet": shown}
+    return {"measured": measured(rows), "images": images(folder), "sheet": shown,
+            "batches": batches, "dtype": [row["dtype"] for row in rows]}
 
 
 def optimized(folder, flags, capsys):
@@ -263,8 +272,10 @@ EVALUATE = [
      "--n 12", "--n 20"),
     ("n", f"{REBUILD} --real FILES/photos1", "", "--n 10"),
     ("batch", TEACHER, "--batch 5", "--batch 6"),
+    ("batch", f"--random_weights --fake FILES/photos1 {REF}", "", "--batch 5", "batches"),
+    ("batch", f"{REBUILD} --real FILES/photos1", "", "--batch 5", "batches"),
     ("seed", TEACHER, "", "--seed 5", "measured sheet"),
-    ("bf16", TEACHER, "", "--bf16", "measured sheet"),
+    ("bf16", TEACHER, "", "--bf16", "measured sheet dtype"),
 ]
 
 TTEO = ("--teacher maskgen-tiny --random_weights --prompt ring --rewards hps --starts 2 "
@@ -367,8 +378,9 @@ def test_two_equal_commands_end_equally(files, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------- flags of another kind
-def test_without_steps_the_teacher_is_not_drawn_beside_a_student(files, tmp_path, capsys):
-    flags = STUDENT.replace("FILES", str(files)).split()
+@pytest.mark.parametrize("both", [STUDENT, f"--random_weights --fake FILES/photos1 {REF}"])
+def test_no_teacher_is_drawn_where_none_was_asked_for(files, tmp_path, capsys, both):
+    flags = both.replace("FILES", str(files)).split()
     assert len(outcome("evaluate.py", tmp_path, flags, capsys)["measured"]) == 1
 
 
