@@ -608,7 +608,8 @@ def test_heads_are_normalized_after_each_convolution():
     for conv in convolutions:
         for p in conv.parameters():
             p.data *= 3
-        assert close(head(h), expected, atol=1e-4)
+        off = (head(h) - expected).abs().max()
+        assert off < 0.01 * expected.abs().max(), "no more than GroupNorm's eps"
 
 
 def test_gan_mask_ratio_zero_masks_nothing():
