@@ -339,7 +339,8 @@ def backward(run, batch, z, g, seen):
 def aux_term(run, batch, seen):
     """Adds the gradient of Eq. 1 to the auxiliary's."""
     c, z, x = run.c, batch.z, batch.x
-    with run.aux.syncing("aux" in batch.last_of):
+    # choice: its backward pass, too, runs under autocast: better on shapes (docs/log.md)
+    with run.autocast(), run.aux.syncing("aux" in batch.last_of):
         if batch.shared:
             # choice: off: Alg. 1 draws a mask of its own here; the same one saves a pass
             z_aux, mask = batch.z_aux, batch.mask
@@ -349,8 +350,7 @@ def aux_term(run, batch, seen):
                 # choice: off: x_theta is used again; the official code draws anew, from new theta
                 z, x = draw_again(run, batch)
             mask = exact_mask(batch.ratio_aux, batch.scores_aux)                            # l. 20
-            with run.autocast():
-                z_aux = run.aux.model(embed_masked(run, x, mask), batch.cond)
+            z_aux = run.aux.model(embed_masked(run, x, mask), batch.cond)
         loss = aux_loss(
             z_aux, x, mask, c.smoothing, batch.aux_units, z_student=z, alpha=c.soft_target)
         loss.backward()                                                           # Eq. (1), l. 21
