@@ -59,6 +59,13 @@ class Waits(TorchDispatchMode):
         return out
 
 
+def fakes_a_gpu():
+    """Older versions of torch, built for CUDA, ask the driver even for a fake tensor's sum."""
+    parts = torch.__version__.split(".")
+    return torch.cuda.is_available() or torch.version.cuda is None or int(parts[1]) >= 14
+
+
+@pytest.mark.skipif(not fakes_a_gpu(), reason="this torch fakes no GPU without a driver")
 def test_text_and_rewards_send_to_the_gpu_without_waiting_and_read_nothing_from_it():
     spec, prompts = SPECS["meissonic-tiny"], ["a fox", "two dogs"]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
