@@ -158,7 +158,8 @@ def draw_each(generators, shape, draw=torch.randn):
 
     For Gumbel and feature noise, which are too large to be drawn for all processes by each.
     """
-    return torch.stack([draw(shape, generator=gen, device=gen.device) for gen in generators])
+    noise = [draw(shape, generator=gen, device=gen.device) for gen in generators]
+    return torch.stack(noise)
 
 
 @phase("random choices")
@@ -188,7 +189,8 @@ def draw_batches(run, step):
             batch.aux_units = masked / world          # of the global batch, this process's share
             batches.append(batch)
     # gradients travel between processes once per step and network, with the last batch
-    for network, terms in (("student", on), ("aux", {"dimo"}), ("disc", {"gan"})):
+    served_by = {"student": on, "aux": {"dimo"}, "disc": {"gan"}}
+    for network, terms in served_by.items():
         serving = [batch for batch in batches if batch.roles & terms]
         for batch in serving[-1:]:
             batch.last_of.add(network)
@@ -200,28 +202,33 @@ def micro_batch(run, step, draws, places, roles):
     """The part of the draws at `places` of the global batch."""
     c = run.c
     mine = slice(places.start, places.stop)
-    batch = SimpleNamespace(roles=roles, last_of=set())
-    vars(batch).update({key: value[mine] for key, value in draws.items()})
+    own = {key: value[mine] for key, value in draws.items()}
+    batch = SimpleNamespace(**own, roles=roles, last_of=set())
     pair = roles == {"gan"}
     if pair:
         for key in ("tokens", "scores", "u", "noise"):
             setattr(batch, key, getattr(batch, f"pair_{key}"))
-    batch.generators = []
-    for place in places:
-        seed = np.random.SeedSequence((c.seed, step, place, pair)).generate_state(1, np.uint64)
-        batch.generators.append(torch.Generator(run.device).manual_seed(seed.item()))
+    if c.feature_noise or c.estimator != "soft":      # nothing else draws from them
+        batch.generators = [generator(run, (c.seed, step, place, pair)) for place in places]
     if c.gan and "gan" in roles:
         # choice: real images bring the labels, so that real and fake share them (App. H.3)
-        batch.x_real, labels = run.real.batch(step * c.batch + places.start, len(places))
+        first = step * c.batch + places.start
+        batch.x_real, labels = run.real.batch(first, len(places))
         batch.which = labels + run.first_pair
     batch.cond = run.features(batch.which)
     return batch
 
 
+def generator(run, numbers):
+    """A generator on the device, seeded by a few numbers."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator(run.device).manual_seed(seed.item())
+
+
 # ----------------------------------------------------------------------- the steps of Algorithm 1
 @phase("student forward")
 def generate(run, batch):
-    """z_theta, with its graph if it is to learn; without it, z and x_theta are kept in the batch."""
+    """z_theta, with its graph if it is to learn; the batch keeps z and x_theta, without it."""
     student, learning = run.student, bool(batch.on)
     model = student.model if learning else student.module
     with student.syncing("student" in batch.last_of), torch.set_grad_enabled(learning):
@@ -278,12 +285,13 @@ def shared_pass(run, batch, e, cond):
 def embedder(run, batch):
     """From logits to embeddings, with a gradient, as --estimator and --tau say.
 
-    # choice: at all units, also where x_init held a random token: the student draws those anew, too.
+    # choice: at all units, also where x_init held a random token: the student draws those, too.
     """
     c = run.c
     how = dict(tau=c.tau)
     if c.estimator != "soft":
-        how["noise"] = gumbel(draw_each(batch.generators, batch.z.shape[1:], torch.rand))
+        u = draw_each(batch.generators, batch.z.shape[1:], torch.rand)
+        how["noise"] = gumbel(u)
     return functools.partial(ESTIMATORS[c.estimator], **how)
 
 
@@ -293,7 +301,11 @@ def add_noise(run, batch, features):
     if s == 0:
         return features
     generators = batch.generators * (len(features[0]) // len(batch.generators))
-    return [h + s * draw_each(generators, h.shape[1:]).to(h.dtype) for h in features]
+    noisy = []
+    for h in features:
+        noise = draw_each(generators, h.shape[1:])
+        noisy.append(h + s * noise.to(h.dtype))
+    return noisy
 
 
 @phase("GAN gradient")
@@ -428,10 +440,11 @@ def log(run, step, factor, batches, norms, seen):
             f"gradients were not finite in 10 steps in a row, up to step {step} (norms: {found}). "
             f"The checkpoint of step {step // c.save_every * c.save_every} is good: lower --lr, or "
             "try --dtype fp32, and --resume")
-    row = dict(step=step + 1, **global_means(batches, seen))
+    row = global_means(batches, seen)
     row |= {f"norm_{name}": float(norm) for name, norm in norms.items()}      # before clipping
     row = {key: float(f"{value:.7g}") for key, value in row.items()}
-    row |= dict(step=step + 1, skipped=int(run.skipped), lr=run.student.lr * factor)
+    row = dict(step=step + 1, **row, skipped=int(run.skipped))
+    row["lr"] = run.student.lr * factor
     before, then = run.last_log
     run.last_log = (step + 1, time.time())
     seconds = run.last_log[1] - then
@@ -450,7 +463,8 @@ def global_means(batches, seen):
         seen["entropy"] += entropy / len(batches)
         seen["top1"] += top1 / len(batches)
     world = world_size()
-    means = all_reduce(torch.stack(list(seen.values())).float()) / world
+    sums = all_reduce(torch.stack([*seen.values()]).float())
+    means = sums / world
     row = dict(zip(seen, means.tolist()))
     for name in row:
         if name.startswith("grad_"):                  # so far a square, of gradients of which the
