@@ -105,9 +105,9 @@ def guidance_scale(ratio, high, low=1.0, schedule="constant"):
 def guided_logits(net, e, cond, w):
     """Classifier-free guidance u + w (c - u), both passes in one batch of 2B; w = 1 is off.
 
+    cond is a tuple of tensors, batch first; net.null(cond) is the unconditional one. w may be (B,).
     # choice: the paper's "teacher CFG" is read as this w, as the official Di[M]O code has it.
     # MaskBit's and MaskGen's own samplers count s in c + s (c - u), so w = 1 + s.
-    cond is a tuple of tensors, batch first; net.null(cond) is the unconditional one. w may be (B,).
     """
     per_sample = torch.is_tensor(w)
     if not per_sample and w == 1:

@@ -48,7 +48,6 @@ of all models, from the same starts) have what this command did.
 import argparse
 import json
 import os
-import re
 import time
 from functools import partial
 from typing import Callable, NamedTuple
@@ -58,7 +57,7 @@ import torch
 from data.images import folder_images
 from data.prompts import read_prompts
 from machinery.errors import UserError, guard
-from machinery.files import fingerprint, replacing
+from machinery.files import file_name, fingerprint, replacing
 from machinery.flags import (add_device, add_teacher_files, add_weights, check_device, nonnegative,
                              number, parser, positive_int, share)
 from machinery.pictures import sheet, spread
@@ -183,7 +182,7 @@ def image_judge(args, teacher, space, folder, device):
 def judges(args, model, space, benchmarks, device):
     """One Judge at a time: of images as such, then the benchmarks, with prompts of their own."""
     teacher = model.teacher
-    name = re.sub(r"[^\w.]+", "-", f"{teacher.spec.name} {model.caption}")
+    name = file_name(f"{teacher.spec.name} {model.caption}")
     if not benchmarks or {*METRICS} & {*args.metrics}:
         folder = f"{args.out}/images/{name}" if args.save_images else None
         yield image_judge(args, teacher, space, folder, device)

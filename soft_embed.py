@@ -12,8 +12,8 @@ embedding under p, then
 
     |f(e~) - E_j f(E_j)| <= C/2 tr(S)                                                Eq. (5)
 
-(tr(S) is what the proof gives; the paper prints a norm there, which is smaller: # choice: the
-trace, for which the bound holds.) With a top-1 probability of 1 - eps, S is O(eps): the sharper the generator, the better the
+(# choice: the trace, which is what the proof gives; the paper prints a norm, which is smaller.)
+With a top-1 probability of 1 - eps, S is O(eps): the sharper the generator, the better the
 surrogate, and distilled generators are sharp (Tab. 14). The estimators that it replaces stand
 beside it: REINFORCE, Eq. (13), Gumbel-softmax, Eq. (14), and its straight-through form, Eq. (15).
 

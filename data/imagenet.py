@@ -7,14 +7,14 @@
 Class ids are the subfolders' ranks by name: ImageNet's WordNet ids, sorted, are what the published
 teachers learned. An image becomes one row of tokens, or more (its variants, side by side):
 
-# choice: the plain images are the paper's ImageNet as we read it: it mentions no augmentation.
-
     plain    shorter side resized to the teacher's size (Pillow's antialiased bicubic), center crop
     --flip   the same, mirrored
     --crops  K random-resized crops, as the teacher was trained: area 0.8 to 1 of the image, square,
              mirrored with p = 1/2. A square of that area fits only where the sides differ by less
              than 5:4. Other images, most of ImageNet's, fall back to the center square, so their
              crops are the plain image or its mirror.
+
+# choice: the plain images are the paper's ImageNet as we read it: it mentions no augmentation.
 
 Kill it whenever you like; the same command goes on where it stopped. Images that cannot be read are
 left out and listed in skipped.txt. The result is the folder that data/tokens.py describes.

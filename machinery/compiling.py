@@ -17,16 +17,14 @@ def compile_in_place(*networks):
     each for student and auxiliary (a ring moves 1.8 GB per GPU at 300 GB/s), in a step of some 330.
     What is gained is one graph to fuse and to compile.
 
-    The backward pass is compiled as it runs, outside of autocast. By default torch traces it
-    inside, and the float32 islands of a bf16 network would get bf16 gradients. (Where torch has no
-    such switch, before about 2.9, they do.)
+    The backward pass is compiled outside of autocast. By default torch traces it inside, and the
+    float32 islands of a bf16 network would get bf16 gradients.
     """
-    dynamo, functorch = torch._dynamo.config, torch._functorch.config
+    dynamo = torch._dynamo.config
     dynamo.optimize_ddp = False
-    dynamo.cache_size_limit = GRAPHS                  # recompile_limit, since torch 2.7
-    dynamo.fail_on_cache_limit_hit = True
-    if hasattr(functorch, "backward_pass_autocast"):
-        functorch.backward_pass_autocast = "off"
+    dynamo.recompile_limit = GRAPHS
+    dynamo.fail_on_recompile_limit_hit = True
+    torch._functorch.config.backward_pass_autocast = "off"
     for network in networks:
         network.compile(dynamic=False)                # one graph per shape: there are two or three
 

@@ -10,6 +10,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from machinery.processes import joined
+
 
 class UserError(Exception):
     """Something the user can mend: scripts print its sentence and exit with 2, no stack trace."""
@@ -35,7 +37,7 @@ def explain(sentence, *errors):
 def peer_is_gone(err):
     """Is this what a process hears in its next collective when another of the group has died?"""
     heard = re.search(r"closed by peer|reset by peer|timed? ?out|NCCL|remote process", str(err))
-    return dist.is_initialized() and heard is not None
+    return joined() and heard is not None
 
 
 def explained(err, out_of_memory, peer_lost, cannot_write):
@@ -60,7 +62,7 @@ def leave(code):
     """Exit. Out of a process group at once: to destroy it would wait for the others, and they wait
     for this process. Only a checkpoint that is being written is finished first.
     """
-    if not dist.is_initialized():
+    if not joined():
         sys.exit(code)
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
@@ -85,9 +87,9 @@ def guard(main, out_of_memory="take a smaller --batch", peer_lost="start all pro
             code, sentence = found
             print(f"{os.path.basename(sys.argv[0])}: {sentence}", file=sys.stderr)
             leave(code)
-        if not dist.is_initialized():
+        if not joined():
             raise
         traceback.print_exc()
         leave(1)
-    if dist.is_initialized():
+    if joined():
         dist.destroy_process_group()

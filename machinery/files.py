@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import zipfile
 
 import torch
@@ -17,6 +18,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))            # 
 def local(path):
     """A path as given or, where it does not exist, in this repository: shipped files are there."""
     return path if os.path.exists(path) else os.path.join(ROOT, path)
+
+
+def file_name(words):
+    """Words as the name of a file: what is neither a letter, a digit, _ nor . becomes a dash."""
+    return re.sub(r"[^\w.]+", "-", words)
 
 
 @contextlib.contextmanager

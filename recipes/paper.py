@@ -5,7 +5,6 @@ teachers.SPECS.
 """
 
 HEADS = dict(heads=4, head_width=1024, head_mlp=2048)             # of the discriminator
-PAPERS_MIX = dict(reward=True, w_reward=2000.0, rewards={"imagereward": 1.0, "clip": 0.2})
 
 RECIPES = {
     "maskbit": dict(
@@ -49,13 +48,14 @@ RECIPES["maskbit-long"] = RECIPES["maskbit"] | dict(
 # the ablations of Fig. 4, 8, 9, 12 (App. H.5)
 RECIPES["maskbit-ablation"] = RECIPES["maskbit"] | dict(batch=64)
 
-# rewards alone, from Di[M]O's Meissonic (Sec. 4.3; Tab. 10, where --w_reward is 1000)
-RECIPES["meissonic-reward"] = RECIPES["meissonic"] | PAPERS_MIX | dict(w_dimo=0.0)
+# rewards alone, in the mix and weight of Tab. 5 (the flags' defaults), from Di[M]O's Meissonic
+# (Sec. 4.3; Tab. 10, where --w_reward is 1000)
+RECIPES["meissonic-reward"] = RECIPES["meissonic"] | dict(reward=True, w_dimo=0.0)
 
 # the one-step MaskGen from which the others start (Tab. 7), and its refinement by rewards (Tab. 9;
 # Tab. 8: --w_dimo 0 --rewards hps=1)
 RECIPES["maskgen-dimo"] = RECIPES["maskgen"] | dict(steps=100_000)
-RECIPES["maskgen-reward"] = RECIPES["maskgen"] | PAPERS_MIX | dict(batch=32)
+RECIPES["maskgen-reward"] = RECIPES["maskgen"] | dict(reward=True, batch=32)
 
 RECIPES["maskgit-512"] = RECIPES["maskgit"] | dict(teacher="maskgit-512")
 RECIPES["maskgen-xl"] = RECIPES["maskgen"] | dict(teacher="maskgen-xl")

@@ -125,8 +125,9 @@ def load_conditions(run):
             device=run.device, dtype=torch.bfloat16 if c.dtype == "bf16" else None,
             vocab=c.bert_vocab, clip_scaled=not c.clip_cosine, checkpointing=c.checkpointing)
         if not c.w_dimo:
-            run.say("warning: a reward without Di[M]O over-saturates MaskGen's pictures (App. I.10), "
-                    "while the paper refines Meissonic so (Tab. 10); --w_dimo above 0 anchors it")
+            run.say("warning: a reward without Di[M]O over-saturates MaskGen's pictures (App. "
+                    "I.10), while the paper refines Meissonic so (Tab. 10); --w_dimo above 0 "
+                    "anchors it")
 
 
 def open_files(run):

@@ -134,8 +134,6 @@ def test_float32_islands_have_float32_gradients_when_compiled_under_bf16(monkeyp
     def compile_in_place(self, **kwargs):
         self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **kwargs)
 
-    if not hasattr(torch._functorch.config, "backward_pass_autocast"):
-        pytest.skip("this torch has no switch for it")
     monkeypatch.setattr(nn.Module, "compile", compile_in_place)
     torch.manual_seed(0)
     h, g, gradients = torch.randn(2, 5, 16), torch.randn(2, 5, 4), []

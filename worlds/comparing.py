@@ -10,11 +10,11 @@ in one of a benchmark's name.
 """
 
 import functools
-import re
 
 import torch
 
 from machinery.errors import UserError
+from machinery.files import file_name
 from machinery.pictures import sheet, spread
 from machinery.processes import from_first, is_main
 from machinery.records import append_rows, environment, print_rows
@@ -84,9 +84,8 @@ def on_shapes(args, teacher, rewards, draw, facts, config):
 def on_benchmark(args, teacher, draw, facts, config, task, bench):
     """`compare` on a Benchmark: its folders are below OUT, one for each way."""
     def judge(make_images, asked, desc, **how):
-        folder = re.sub(r"[^\w.]+", "-", desc)
-        return run_benchmark(
-            bench, asked, make_images, f"{args.out}/{task}/{folder}", desc=desc, **how)
+        folder = f"{args.out}/{task}/{file_name(desc)}"
+        return run_benchmark(bench, asked, make_images, folder, desc=desc, **how)
 
     compare(args, teacher, draw, facts, config, bench.prompts, judge, args.batch or 4, task)
 
